@@ -1,0 +1,67 @@
+"""Prefill attention: the queries of one chunk against the cache, whatever runs it.
+
+Backends are tried in order; one that cannot serve a call raises NotImplementedError with the reason, and if all refuse
+every reason is reported. Asking for a backend by name makes its refusal final.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+
+from qwen_jax.kernels.attention import reference
+from qwen_jax.rope import Rotary
+
+Backend = Callable[..., tuple[jax.Array, jax.Array]]
+
+BACKENDS: dict[str, Backend] = {"xla": reference.attend}
+
+
+def attend(
+    q_BTNH: jax.Array,
+    k_LBKSH: jax.Array,
+    v_LBKSH: jax.Array,
+    *,
+    layer: jax.Array | int,
+    q_start: jax.Array | int,
+    kv_len_B: jax.Array,
+    rotary: Rotary,
+    scale_B: jax.Array,
+    backend: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Softmax attention of T consecutive queries over the keys before them, with the positions of `rotary`.
+
+    Query t of row b stands at absolute position i = q_start + t and sees key j iff j <= i and j < kv_len_B[b]; its score is
+    scale_B[b] * <rotate(q, stage(i, j)), k_j>. The queries must not straddle a multiple of the rotary's chunk length s.
+
+    Args:
+        q_BTNH: queries, not rotated, [B, T, N, H].
+        k_LBKSH: keys of all layers, rotated at j mod s, [L, B, K, S, H]; query head n uses KV head n // (N / K).
+        v_LBKSH: values, like k.
+        layer: int32 scalar, which layer to read; a value, not a shape.
+        q_start: int32 scalar, absolute position of query 0; a value, not a shape.
+        kv_len_B: int32[B], tokens of each row that are real.
+        rotary: positions, static.
+        scale_B: float32[B], the factor on scores: 1 / sqrt(H) times the temperatures of the query and of the keys.
+        backend: a name in BACKENDS, or None for the first that accepts.
+
+    Returns:
+        (out [B, T, N, H] in q's dtype, lse float32[B, T, N], natural log). A row that sees no key gives 0 and -inf.
+
+    Raises:
+        NotImplementedError: the named backend, or every backend, refuses; the message holds the reasons.
+        ValueError: no backend of that name.
+    """
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"no attention backend {backend!r}; there are {', '.join(BACKENDS)}")
+    reasons = []
+    for name in [backend] if backend else BACKENDS:
+        try:
+            return BACKENDS[name](
+                q_BTNH, k_LBKSH, v_LBKSH,
+                layer=layer, q_start=q_start, kv_len_B=kv_len_B, rotary=rotary, scale_B=scale_B,
+            )  # fmt: skip
+        except NotImplementedError as refusal:
+            reasons.append(f"{name}: {refusal}")
+    raise NotImplementedError("; ".join(reasons))

@@ -1,0 +1,63 @@
+"""Decode attention: one query a row against the cache, whatever runs it. Refusals work as in `kernels.attention`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+
+from qwen_jax.kernels.decode_attention import reference
+from qwen_jax.rope import Rotary
+
+Backend = Callable[..., tuple[jax.Array, jax.Array]]
+
+BACKENDS: dict[str, Backend] = {"xla": reference.decode_attend}
+
+
+def decode_attend(
+    q_BNH: jax.Array,
+    k_LBKSH: jax.Array,
+    v_LBKSH: jax.Array,
+    *,
+    layer: jax.Array | int,
+    position_B: jax.Array,
+    prompt_len_B: jax.Array,
+    rotary: Rotary,
+    scale_B: jax.Array,
+    backend: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention of one query a row, each at its own position, over all keys j <= position_B[b].
+
+    The score of key j is scale_B[b] * m_j * <rotate(q, stage), k_j>, m_j the temperature the key is entitled to:
+    m(prompt_len_B[b]) for a key of the prompt, m(j + 1) for a generated one (`algorithms.md` 3.2).
+
+    Args:
+        q_BNH: queries, not rotated, [B, N, H].
+        k_LBKSH: keys of all layers, rotated at j mod s, unscaled, [L, B, K, S, H].
+        v_LBKSH: values, like k.
+        layer: int32 scalar, which layer to read.
+        position_B: int32[B], absolute position of each row's query; -1 for a row that is to see nothing.
+        prompt_len_B: int32[B], tokens of each row's prompt.
+        rotary: positions and original_max_position_embeddings, static.
+        scale_B: float32[B], 1 / sqrt(H) times the query's temperature m(position + 1).
+        backend: a name in BACKENDS, or None for the first that accepts.
+
+    Returns:
+        (out [B, N, H] in q's dtype, lse float32[B, N], natural log). A row that sees no key gives 0 and -inf.
+
+    Raises:
+        NotImplementedError: the named backend, or every backend, refuses; the message holds the reasons.
+        ValueError: no backend of that name.
+    """
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"no decode attention backend {backend!r}; there are {', '.join(BACKENDS)}")
+    reasons = []
+    for name in [backend] if backend else BACKENDS:
+        try:
+            return BACKENDS[name](
+                q_BNH, k_LBKSH, v_LBKSH,
+                layer=layer, position_B=position_B, prompt_len_B=prompt_len_B, rotary=rotary, scale_B=scale_B,
+            )  # fmt: skip
+        except NotImplementedError as refusal:
+            reasons.append(f"{name}: {refusal}")
+    raise NotImplementedError("; ".join(reasons))

@@ -1,0 +1,305 @@
+"""Qwen2.5, the whole network.
+
+Dimension letters: B batch, T query positions, S key positions, D model width, F MLP width, N query heads, K KV heads, H head
+width, V vocabulary, L layers. Weights keep Hugging Face's order, (out, in). The repeated block is stored once with a leading axis
+L and scanned, so it compiles once. Source: `algorithms.md` 1.2.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from qwen_jax.cache import KVCache, write_chunk, write_token
+from qwen_jax.config import ModelConfig
+from qwen_jax.kernels.attention.api import attend
+from qwen_jax.kernels.decode_attention.api import decode_attend
+from qwen_jax.rope import Rotary, temperature
+
+# attention of one layer: (q_BTNH unrotated, k_BTKH rotated, v_BTKH, cache, layer) -> (out_BTNH, cache)
+Attend = Callable[
+    [jax.Array, jax.Array, jax.Array, KVCache | None, jax.Array], tuple[jax.Array, KVCache | None]
+]
+
+
+def einsum(spec: str, *operands: jax.Array) -> jax.Array:
+    """Matrix product that accumulates in float32 and returns the first operand's dtype; float32 stays float32 on every device."""
+    out = jnp.einsum(
+        spec, *operands, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+    )
+    return out.astype(operands[0].dtype)
+
+
+class Linear(nnx.Module):
+    """Weight [*out, *in] and optional bias [*out]; the einsum string at the call says which axes are which."""
+
+    def __init__(
+        self, out: tuple[int, ...], into: tuple[int, ...], *, bias: bool = False, dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        self.weight = nnx.Param(0.02 * jax.random.normal(rngs.params(), (*out, *into), dtype))
+        self.bias = nnx.Param(jnp.zeros(out, dtype)) if bias else None
+
+    def __call__(self, x: jax.Array, spec: str) -> jax.Array:
+        y = einsum(spec, x, self.weight[...])
+        return y if self.bias is None else y + self.bias[...]
+
+
+class RMSNorm(nnx.Module):
+    """Statistics in float32; the weight multiplies after the cast back to the input's dtype, as in transformers."""
+
+    def __init__(self, size: int, eps: float, *, dtype: jnp.dtype):
+        self.weight = nnx.Param(jnp.ones(size, dtype))
+        self.eps = eps
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        x = x_BTD.astype(jnp.float32)
+        x = x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        return self.weight[...] * x.astype(x_BTD.dtype)
+
+
+class Embedding(nnx.Module):
+    """Token vectors [V, D], and the output head when the two are tied."""
+
+    def __init__(self, vocab: int, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.weight = nnx.Param(0.02 * jax.random.normal(rngs.params(), (vocab, width), dtype))
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        return jnp.take(self.weight[...], tokens_BT, axis=0)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """float32[..., V] from x [..., D]."""
+        return jnp.einsum(
+            "...D,VD->...V", x, self.weight[...],
+            precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32,
+        )  # fmt: skip
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention: projections with bias in, none out; what happens between is the caller's `attend`."""
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
+        linear = functools.partial(Linear, dtype=dtype, rngs=rngs)
+        self.q = linear((N, H), (D,), bias=True)
+        self.k = linear((K, H), (D,), bias=True)
+        self.v = linear((K, H), (D,), bias=True)
+        self.o = linear((D,), (N, H))
+        self.rotary = Rotary.from_config(config)
+
+    def __call__(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, cache: KVCache | None, layer: jax.Array, attend: Attend
+    ) -> tuple[jax.Array, KVCache | None]:
+        q_BTNH = self.q(x_BTD, "BTD,NHD->BTNH")
+        k_BTKH = self.rotary.rotate_keys(self.k(x_BTD, "BTD,KHD->BTKH"), positions_BT)
+        v_BTKH = self.v(x_BTD, "BTD,KHD->BTKH")
+        out_BTNH, cache = attend(q_BTNH, k_BTKH, v_BTKH, cache, layer)
+        return self.o(out_BTNH, "BTNH,DNH->BTD"), cache
+
+
+class MLP(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        D, F = config.hidden_size, config.intermediate_size
+        linear = functools.partial(Linear, dtype=dtype, rngs=rngs)
+        self.gate = linear((F,), (D,))
+        self.up = linear((F,), (D,))
+        self.down = linear((D,), (F,))
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        h_BTF = nnx.silu(self.gate(x_BTD, "BTD,FD->BTF")) * self.up(x_BTD, "BTD,FD->BTF")
+        return self.down(h_BTF, "BTF,DF->BTD")
+
+
+class Block(nnx.Module):
+    """One layer, pre-norm."""
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.attn = Attention(config, dtype=dtype, rngs=rngs)
+        self.post_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, cache: KVCache | None, layer: jax.Array, attend: Attend
+    ) -> tuple[jax.Array, KVCache | None]:
+        a_BTD, cache = self.attn(self.input_norm(x_BTD), positions_BT, cache, layer, attend)
+        x_BTD = x_BTD + a_BTD
+        return x_BTD + self.mlp(self.post_norm(x_BTD)), cache
+
+
+class Qwen2(nnx.Module):
+    """Qwen2.5 with the positions of its config: plain RoPE, YaRN, or dual chunk attention with length temperature.
+
+    Attributes:
+        config: the model's shape and positions.
+        layers: one `Block` whose parameters have a leading axis L.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype | None = None, rngs: nnx.Rngs):
+        """Random weights (normal, 0.02) in `dtype`, by default the config's."""
+        dtype = jnp.dtype(dtype or config.dtype)
+        self.config = config
+        self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
+
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def stack(rngs: nnx.Rngs) -> Block:
+            return Block(config, dtype=dtype, rngs=rngs)
+
+        self.layers = stack(rngs)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        if not config.tie_embeddings:
+            self.lm_head = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
+
+    def __call__(self, tokens_BT: jax.Array, lengths_B: jax.Array | None = None) -> jax.Array:
+        """Logits of every position, with no cache; the length temperature takes L = the row's length.
+
+        Args:
+            tokens_BT: int32[B, T].
+            lengths_B: int32[B], real tokens of each right-padded row; default T. Logits of padding mean nothing.
+
+        Returns:
+            float32[B, T, V].
+        """
+        B, T = tokens_BT.shape
+        lengths_B = jnp.full(B, T, jnp.int32) if lengths_B is None else jnp.asarray(lengths_B, jnp.int32)
+        return _forward(*nnx.split(self), jnp.asarray(tokens_BT, jnp.int32), lengths_B)
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """float32[..., V] from final hidden states [..., D]."""
+        head = self.embed if self.config.tie_embeddings else self.lm_head
+        return head.logits(x_BTD)
+
+    def forward(self, tokens_BT: jax.Array, lengths_B: jax.Array) -> jax.Array:
+        """Final hidden states [B, T, D] of whole right-padded rows, with no cache. Pure; meant to be jitted."""
+        T = tokens_BT.shape[1]
+        scale_B = self._score_scale(lengths_B, lengths_B)
+
+        def attend_all(
+            q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, cache: KVCache | None, layer: jax.Array
+        ) -> tuple[jax.Array, KVCache | None]:
+            def piece(start: jax.Array | int, q: jax.Array) -> jax.Array:
+                k, v = (jnp.swapaxes(x, 1, 2)[None] for x in (k_BTKH, v_BTKH))
+                return attend(
+                    q, k, v,
+                    layer=0, q_start=start, kv_len_B=lengths_B, rotary=self.rotary, scale_B=scale_B,
+                )[0]  # fmt: skip
+
+            s = self.rotary.chunk_len or T  # a call must not straddle a multiple of s
+            whole = T // s
+            q_CBTNH = jnp.stack(jnp.split(q_BTNH[:, : whole * s], whole, axis=1)) if whole else None
+            outs = []
+            if q_CBTNH is not None:
+                starts = jnp.arange(whole, dtype=jnp.int32) * s
+                outs = list(lax.map(lambda xs: piece(*xs), (starts, q_CBTNH)))
+            if whole * s < T:
+                outs.append(piece(whole * s, q_BTNH[:, whole * s :]))
+            return jnp.concatenate(outs, axis=1), cache
+
+        positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), tokens_BT.shape)
+        return self._layers(self.embed(tokens_BT), positions_BT, None, attend_all)[0]
+
+    def extend(
+        self, tokens_BT: jax.Array, cache: KVCache, start: jax.Array, prompt_len_B: jax.Array
+    ) -> tuple[jax.Array, KVCache]:
+        """One prefill piece: T tokens of every row from absolute position `start`, keys and values written to the cache.
+
+        Args:
+            tokens_BT: int32[B, T]; a piece must not straddle a multiple of s, padding at its end excepted.
+            cache: holds positions 0 .. start - 1; start + T must not pass its capacity.
+            start: int32 scalar, a value, not a shape.
+            prompt_len_B: int32[B], each row's whole prompt: the L of the length temperature.
+
+        Returns:
+            (final hidden states [B, T, D], the cache with the piece in it).
+        """
+        positions_BT = jnp.broadcast_to(start + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
+        scale_B = self._score_scale(prompt_len_B, prompt_len_B)
+
+        def attend_piece(
+            q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, cache: KVCache | None, layer: jax.Array
+        ) -> tuple[jax.Array, KVCache | None]:
+            assert cache is not None
+            cache = write_chunk(cache, k_BTKH, v_BTKH, layer=layer, start=start)
+            out_BTNH, _ = attend(
+                q_BTNH, cache.k, cache.v,
+                layer=layer, q_start=start, kv_len_B=prompt_len_B, rotary=self.rotary, scale_B=scale_B,
+            )  # fmt: skip
+            return out_BTNH, cache
+
+        x_BTD, cache_out = self._layers(self.embed(tokens_BT), positions_BT, cache, attend_piece)
+        assert cache_out is not None
+        return x_BTD, cache_out
+
+    def step(
+        self, token_B: jax.Array, cache: KVCache, position_B: jax.Array, prompt_len_B: jax.Array
+    ) -> tuple[jax.Array, KVCache]:
+        """One decode step: each row's token at its own absolute position.
+
+        Args:
+            token_B: int32[B].
+            cache: holds each row's positions below position_B.
+            position_B: int32[B]; rows at or past the capacity write nothing.
+            prompt_len_B: int32[B], tokens of each row's prompt.
+
+        Returns:
+            (logits float32[B, V], the cache with the token in it).
+        """
+        scale_B = self._score_scale(position_B + 1)
+
+        def attend_token(
+            q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, cache: KVCache | None, layer: jax.Array
+        ) -> tuple[jax.Array, KVCache | None]:
+            assert cache is not None
+            cache = write_token(cache, k_BTKH[:, 0], v_BTKH[:, 0], layer=layer, positions_B=position_B)
+            out_BNH, _ = decode_attend(
+                q_BTNH[:, 0], cache.k, cache.v,
+                layer=layer, position_B=position_B, prompt_len_B=prompt_len_B,
+                rotary=self.rotary, scale_B=scale_B,
+            )  # fmt: skip
+            return out_BNH[:, None], cache
+
+        x_BTD, cache_out = self._layers(self.embed(token_B[:, None]), position_B[:, None], cache, attend_token)
+        assert cache_out is not None
+        return self.logits(x_BTD[:, 0]), cache_out
+
+    @property
+    def rotary(self) -> Rotary:
+        """The positions of this model."""
+        return self.layers.attn.rotary
+
+    def _score_scale(self, *lengths_B: jax.Array) -> jax.Array:
+        """1 / sqrt(H) times the temperature at each of the lengths, float32[B]."""
+        dca = self.config.dual_chunk
+        scale_B = jnp.full(lengths_B[0].shape, self.config.head_dim**-0.5, jnp.float32)
+        for length_B in lengths_B:
+            scale_B = scale_B * temperature(length_B, dca.original_max_position_embeddings if dca else 0)
+        return scale_B
+
+    def _layers(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, cache: KVCache | None, attend: Attend
+    ) -> tuple[jax.Array, KVCache | None]:
+        """The scanned blocks and the final norm. The cache is carried, never sliced by layer: that would copy it."""
+        block, stacked = nnx.split(self.layers)
+
+        def body(
+            carry: tuple[jax.Array, KVCache | None], xs: tuple[jax.Array, nnx.State]
+        ) -> tuple[tuple[jax.Array, KVCache | None], None]:
+            layer, params = xs
+            return nnx.merge(block, params)(carry[0], positions_BT, carry[1], layer, attend), None
+
+        layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
+        (x_BTD, cache), _ = lax.scan(body, (x_BTD, cache), (layers, stacked))
+        return self.norm(x_BTD), cache
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(graph: nnx.GraphDef, state: nnx.State, tokens_BT: jax.Array, lengths_B: jax.Array) -> jax.Array:
+    model = nnx.merge(graph, state)
+    return model.logits(model.forward(tokens_BT, lengths_B))

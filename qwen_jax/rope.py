@@ -1,0 +1,161 @@
+"""Rotary positions: plain RoPE, YaRN, dual chunk attention's four positions, and the length temperature.
+
+Keys are rotated once, at `j mod s`, and cached. A query is rotated at one of three positions, by where the key lies:
+
+    stage   keys of                      query position
+    INTRA   the query's own chunk        i mod s
+    SUCC    the chunk before             min(i mod s + s, C)
+    INTER   all older chunks             min(2s - 1, C)
+
+so that every key is seen at distance min(i - j, C - (j mod s)) (`algorithms.md` 2.2, 2.3). Without dual chunk attention
+there is one endless chunk: everything is INTRA.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from enum import IntEnum
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwen_jax.config import DualChunk, ModelConfig, Yarn
+
+_LOW = 512  # angles are looked up as position = high * _LOW + low
+
+
+class Stage(IntEnum):
+    """Where a key lies as seen from a query; in key order the stages come INTER, SUCC, INTRA."""
+
+    INTRA = 0
+    SUCC = 1
+    INTER = 2
+
+
+def inverse_frequencies(theta: float, head_dim: int, yarn: Yarn | None = None) -> tuple[np.ndarray, float]:
+    """Rotation speeds of the H / 2 pairs in radians a token, float64[H / 2], and the factor on cos and sin.
+
+    The factor is 1 without YaRN. Source: `algorithms.md` 1.2 and 3.3; YaRN, arXiv 2309.00071, as transformers computes it.
+    """
+    speeds = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if yarn is None:
+        return speeds, 1.0
+
+    def pair_turning(rotations: float) -> float:
+        """The (fractional) pair that makes this many turns over the original context."""
+        wavelengths = yarn.original_max_position_embeddings / (rotations * 2 * math.pi)
+        return head_dim * math.log(wavelengths) / (2 * math.log(theta))
+
+    low, high = pair_turning(yarn.beta_fast), pair_turning(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    width = high - low if high != low else 0.001
+    interpolated = np.clip((np.arange(head_dim // 2) - low) / width, 0, 1)
+    speeds = speeds * (1 - interpolated) + speeds / yarn.factor * interpolated
+    attention_factor = yarn.attention_factor
+    if attention_factor is None:
+        attention_factor = 0.1 * math.log(yarn.factor) + 1.0 if yarn.factor > 1 else 1.0
+    return speeds, attention_factor
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotary:
+    """Rotates queries and keys for one model; immutable, hashable, safe to close over in a jitted function.
+
+    Angles are exact to float32 at any position: the sines of `high * 512` and of `low` are tabulated in float64 and
+    combined by the addition theorem, where one float32 product would be off by up to 0.06 rad at a million tokens.
+    """
+
+    theta: float
+    head_dim: int
+    max_position: int
+    yarn: Yarn | None = None
+    dca: DualChunk | None = None
+
+    @classmethod
+    def from_config(cls, config: ModelConfig, max_position: int | None = None) -> Rotary:
+        """The rotary of a model. `max_position` bounds positions without DCA (default: the config's maximum)."""
+        limit = max(max_position or 0, config.max_position_embeddings)
+        return cls(config.rope_theta, config.head_dim, limit, config.yarn, config.dual_chunk)
+
+    @property
+    def chunk_len(self) -> int | None:
+        """s, or None without dual chunk attention."""
+        return self.dca.chunk_len if self.dca else None
+
+    def key_positions(self, j: jax.Array) -> jax.Array:
+        """Positions at which keys are rotated, int32 like `j` (absolute positions)."""
+        return j % self.dca.chunk_len if self.dca else j
+
+    def query_positions(self, i: jax.Array, stage: Stage) -> jax.Array:
+        """Positions at which queries are rotated for the keys of `stage`, int32 like `i` (absolute positions)."""
+        if self.dca is None:
+            return i
+        s, c = self.dca.chunk_len, self.dca.saturation
+        if stage is Stage.INTRA:
+            return i % s
+        if stage is Stage.SUCC:
+            return jnp.minimum(i % s + s, c)
+        return jnp.full_like(i, min(2 * s - 1, c))
+
+    def cos_sin(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """cos and sin of the angles at `positions` int32[...]: float32[..., H / 2] each, YaRN's factor included."""
+        high, low = _tables(self)
+        (cos_a, sin_a), (cos_b, sin_b) = (
+            (jnp.asarray(table[0])[index], jnp.asarray(table[1])[index])
+            for table, index in ((high, positions // _LOW), (low, positions % _LOW))
+        )
+        return cos_a * cos_b - sin_a * sin_b, sin_a * cos_b + cos_a * sin_b
+
+    def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        """Rotates x [..., T, heads, H] by positions int32[..., T], half-split pairs, in float32; keeps x's dtype."""
+        cos, sin = self.cos_sin(positions)
+        cos, sin = cos[..., None, :], sin[..., None, :]
+        a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+    def rotate_keys(self, k_BTKH: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """Keys as the cache holds them: rotated at j mod s, not scaled by any temperature."""
+        return self.rotate(k_BTKH, self.key_positions(positions_BT))
+
+    def rotate_queries(self, q_BTNH: jax.Array, positions_BT: jax.Array, stage: Stage) -> jax.Array:
+        """Queries as keys of `stage` see them."""
+        return self.rotate(q_BTNH, self.query_positions(positions_BT, stage))
+
+    def stage_starts(self, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """First SUCC key and first INTRA key of a query at absolute position i, int32; INTER keys start at 0."""
+        if self.dca is None:
+            return jnp.zeros_like(i), jnp.zeros_like(i)
+        intra = i - i % self.dca.chunk_len
+        return jnp.maximum(intra - self.dca.chunk_len, 0), intra
+
+
+@functools.lru_cache(maxsize=32)
+def _tables(rotary: Rotary) -> tuple[np.ndarray, np.ndarray]:
+    """float32[2, entries, H / 2]: (cos, sin) of high * _LOW with the attention factor, and of low."""
+    speeds, factor = inverse_frequencies(rotary.theta, rotary.head_dim, rotary.yarn)
+    limit = rotary.dca.saturation if rotary.dca else rotary.max_position
+    high = np.arange(limit // _LOW + 1, dtype=np.float64)[:, None] * _LOW * speeds
+    low = np.arange(_LOW, dtype=np.float64)[:, None] * speeds
+    return (
+        (factor * np.stack([np.cos(high), np.sin(high)])).astype(np.float32),
+        np.stack([np.cos(low), np.sin(low)]).astype(np.float32),
+    )
+
+
+def temperature(length: jax.Array | int, original: int) -> jax.Array:
+    """m(L) = max(1, 0.1 ln(L / L0) + 1), float32; the factor on queries and on keys (`algorithms.md` 3.1).
+
+    Args:
+        length: L, int32 of any shape, tokens.
+        original: L0, original_max_position_embeddings, tokens; 0 means no temperature: m = 1.
+    """
+    length = jnp.asarray(length)
+    if original == 0:
+        return jnp.ones(length.shape, jnp.float32)
+    ratio = jnp.maximum(length, original).astype(jnp.float32) / original
+    return 1.0 + 0.1 * jnp.log(ratio)
