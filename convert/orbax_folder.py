@@ -1,0 +1,212 @@
+"""A converted folder: params/ is an orbax checkpoint with one leaf per layer and parameter; the other files
+are as they came.
+
+A leaf lies in the model's shape, with one change: the dimension that tensor parallelism splits is stored as
+two, [pieces, size / pieces], and each piece is a chunk of its own on disk. `pieces` is a multiple of the
+widest tensor mesh the model allows, so a device of any mesh reads whole chunks, and only its own.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from qwen_jax.config import ModelConfig
+from qwen_jax.convert.source import Box, TensorSource, leaf_name, report, summarise, tensors
+from qwen_jax.errors import CheckpointError
+from qwen_jax.params import Param
+from qwen_jax.sharding import ShardingRules, widest_tensor
+
+PARAMS = "params"
+_CHUNK_BYTES = 32 << 20
+_MAX_PIECES = 1024
+_MANIFEST = "manifest.ocdbt"
+_ZARRAY = "/.zarray"
+_ZARR_DTYPES = {"bfloat16": "bfloat16", "float16": "<f2", "float32": "<f4"}
+# Chunks in flight are memory: four of them keep a disk busy.
+_READ_CONTEXT = {"file_io_concurrency": {"limit": 4}, "cache_pool": {"total_bytes_limit": 0}}
+
+
+def split_axis(param: Param) -> int | None:
+    """The dimension that is stored in pieces; None for parameters that every device holds whole."""
+    return ShardingRules().tensor_axis(param.letters)
+
+
+def stored_shape(param: Param, config: ModelConfig, itemsize: int) -> tuple[int, ...]:
+    """Shape of one leaf on disk."""
+    shape, axis = param.shape(config), split_axis(param)
+    if axis is None:
+        return shape
+    widest, size, nbytes = widest_tensor(config), shape[axis], math.prod(shape) * itemsize
+    allowed = [n for n in range(widest, min(size, _MAX_PIECES) + 1, widest) if size % n == 0] or [widest]
+    pieces = next((n for n in allowed if nbytes <= n * _CHUNK_BYTES), allowed[-1])
+    return (*shape[:axis], pieces, size // pieces, *shape[axis + 1 :])
+
+
+class OrbaxFolder(TensorSource):
+    """Reads a converted folder, one slice of one leaf at a time, through tensorstore (what orbax itself
+    stores with).
+
+    Raises:
+        CheckpointError: not a finished conversion, or leaves that are missing, extra, mis-shaped or of
+        another dtype.
+        ConfigError: config.json is missing, broken or asks for something else.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, ModelConfig.from_folder(folder))
+        stores = sorted(path.parent for path in (folder / PARAMS).glob(f"*/{_MANIFEST}"))
+        if len(stores) != 1:
+            raise CheckpointError(
+                f"{folder / PARAMS}: not a finished orbax checkpoint: convert the model again"
+            )
+        self._kvstore = {"driver": "ocdbt", "base": f"file://{stores[0]}/"}
+        self._context = _tensorstore().Context(_READ_CONTEXT)
+        zarrays, chunks = self._list()
+        report(folder / PARAMS, self._problems(zarrays, chunks))
+        self._shapes = {name: tuple(zarray["shape"]) for name, zarray in zarrays.items()}
+
+    def name(self, param: Param, layer: int | None = None) -> str:
+        return leaf_name(param, layer)
+
+    def _list(self) -> tuple[dict[str, dict[str, Any]], Mapping[str, int]]:
+        """The zarr metadata of every leaf, and how many chunks of it are stored."""
+        try:
+            store = _tensorstore().KvStore.open(self._kvstore, context=self._context).result()
+            keys = [key.decode() for key in store.list().result()]
+            names = sorted(key.removesuffix(_ZARRAY) for key in keys if key.endswith(_ZARRAY))
+            reads = {name: store.read(name + _ZARRAY) for name in names}
+            zarrays = {name: json.loads(read.result().value) for name, read in reads.items()}
+        except (ValueError, OSError) as error:
+            raise CheckpointError(f"{self.folder / PARAMS} is damaged: {_first_line(error)}") from None
+        return zarrays, collections.Counter(
+            key.rpartition("/")[0] for key in keys if not key.endswith(_ZARRAY)
+        )
+
+    def _problems(self, zarrays: dict[str, dict[str, Any]], chunks: Mapping[str, int]) -> list[str]:
+        expected = {leaf_name(p, layer): p for p, layer in tensors(self.config)}
+        problems = []
+        if missing := [name for name in expected if name not in zarrays]:
+            problems.append(f"missing {summarise(missing)}")
+        if extra := [name for name in zarrays if name not in expected]:
+            problems.append(f"{summarise(extra)} not part of the model that config.json describes")
+        for name in expected.keys() & zarrays.keys():
+            param, stored = expected[name], tuple(zarrays[name]["shape"])
+            shape = _merged(stored, split_axis(param))
+            if shape != param.shape(self.config):
+                problems.append(
+                    f"{name} is {list(shape)} where config.json says {list(param.shape(self.config))}"
+                )
+            if zarrays[name]["dtype"] != _ZARR_DTYPES[self.config.dtype]:
+                problems.append(
+                    f"{name} is stored as {zarrays[name]['dtype']} where config.json says {self.config.dtype}"
+                )
+            if chunks[name] != math.prod(
+                -(-s // c) for s, c in zip(stored, zarrays[name]["chunks"], strict=True)
+            ):
+                problems.append(f"{name} lacks some of its chunks")
+        return problems
+
+    def _read(self, param: Param, layer: int | None, box: Box) -> np.ndarray:
+        name, axis = leaf_name(param, layer), split_axis(param)
+        stored = self._shapes[name]
+        cover, trim = list(box), [slice(None)] * len(box)
+        if axis is not None:  # whole pieces that cover the box, then the box
+            per_piece = stored[axis + 1]
+            (start, stop) = box[axis]
+            first, last = start // per_piece, -(-stop // per_piece)
+            cover[axis : axis + 1] = [(first, last), (0, per_piece)]
+            trim[axis] = slice(start - first * per_piece, stop - first * per_piece)
+        try:
+            leaf = _open_leaf(self._kvstore, name, self._context)
+            array = leaf[tuple(slice(*bounds) for bounds in cover)].read(order="C").result()
+        except (ValueError, OSError) as error:
+            raise CheckpointError(
+                f"{self.folder / PARAMS}: {name} is damaged: {_first_line(error)}"
+            ) from None
+        self.bytes_read += array.nbytes
+        return array.reshape(_merged(array.shape, axis))[tuple(trim)]
+
+
+def _open_leaf(kvstore: dict[str, Any], name: str, context: Any) -> Any:
+    spec = {
+        "driver": "zarr",
+        "kvstore": {**kvstore, "path": name + "/"},
+        "fill_missing_data_reads": False,
+    }
+    return _tensorstore().open(spec, open=True, read=True, context=context).result()
+
+
+def _merged(stored: tuple[int, ...], axis: int | None) -> tuple[int, ...]:
+    """The model's shape of a stored shape: pieces joined."""
+    if axis is None or len(stored) < axis + 2:
+        return stored
+    return (*stored[:axis], stored[axis] * stored[axis + 1], *stored[axis + 2 :])
+
+
+@functools.cache
+def _tensorstore() -> ModuleType:
+    import tensorstore  # 0.1 s and 30 MB that loading a Hugging Face folder does not need
+
+    return tensorstore
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0][:200]
+
+
+class OrbaxWriter:
+    """Writes params/ of a converted folder in batches of leaves; it exists only once `finish` has returned.
+
+    Args:
+        folder: the converted folder in the making.
+        batch_bytes: leaves are gathered up to this size before they are handed to orbax: each hand-over costs
+            a pass over the metadata, and what is gathered is memory.
+    """
+
+    def __init__(self, folder: Path, config: ModelConfig, dtype: np.dtype, batch_bytes: int) -> None:
+        self._path = folder / PARAMS
+        self._config, self._dtype, self._batch_bytes = config, dtype, batch_bytes
+        self._batch: dict[str, np.ndarray] = {}
+        self._axes = {leaf_name(p, layer): split_axis(p) for p, layer in tensors(config)}
+
+    def write(self, param: Param, layer: int | None, array: np.ndarray) -> None:
+        """Adds one leaf, given in the model's shape. Raises OSError when the disk is full."""
+        if self._batch and sum(a.nbytes for a in self._batch.values()) + array.nbytes > self._batch_bytes:
+            self._flush()
+        shape = stored_shape(param, self._config, self._dtype.itemsize)
+        self._batch[leaf_name(param, layer)] = array.reshape(shape)
+
+    def finish(self) -> None:
+        """Writes what is left and makes the checkpoint whole."""
+        import orbax.checkpoint.experimental.v1 as ocp
+
+        self._flush()
+        ocp.partial.finalize(self._path)
+
+    def _flush(self) -> None:
+        import orbax.checkpoint.experimental.v1 as ocp
+
+        storage = ocp.options.ArrayOptions.Saving.StorageOptions
+
+        def one_chunk_a_piece(key: Any, value: Any) -> Any:
+            axis = self._axes[key[-1].key]
+            return storage(shard_axes=() if axis is None else (axis,))
+
+        context = ocp.Context()
+        context.array.saving.use_zarr3 = False
+        context.array.saving.use_compression = (
+            False  # bfloat16 weights hardly shrink, and loading is what counts
+        )
+        context.array.saving.scoped_storage_options_creator = one_chunk_a_piece
+        with context:
+            ocp.partial.save(self._path, self._batch)
+        self._batch = {}
