@@ -7,12 +7,13 @@ temperature, so a prefix serves a longer prompt unchanged.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from qwen_jax.config import ModelConfig
 
@@ -39,21 +40,21 @@ def cache_shape(config: ModelConfig, batch: int, capacity: int) -> tuple[int, in
     return config.num_layers, batch, config.num_kv_heads, capacity, config.head_dim
 
 
-def abstract_cache(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> KVCache:
-    """The cache's shapes and dtypes, with nothing allocated."""
-    leaf = jax.ShapeDtypeStruct(cache_shape(config, batch, capacity), dtype)
+def abstract_cache(config: ModelConfig, batch: int, capacity: int, dtype: DTypeLike) -> Any:
+    """A KVCache of ShapeDtypeStructs: nothing is allocated."""
+    leaf: Any = jax.ShapeDtypeStruct(cache_shape(config, batch, capacity), dtype)
     return KVCache(leaf, leaf)
 
 
-def cache_shardings(mesh: Mesh) -> KVCache:
-    """KV heads over the mesh axis `tensor` where the mesh has one; everything else replicated."""
+def cache_shardings(mesh: Mesh) -> Any:
+    """A KVCache of NamedShardings: KV heads over the axis `tensor` where the mesh has one, the rest replicated."""
     heads = "tensor" if "tensor" in mesh.axis_names else None
-    leaf = NamedSharding(mesh, PartitionSpec(None, None, heads, None, None))
+    leaf: Any = NamedSharding(mesh, PartitionSpec(None, None, heads, None, None))
     return KVCache(leaf, leaf)
 
 
 def init_cache(
-    config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype, mesh: Mesh | None = None
+    config: ModelConfig, batch: int, capacity: int, dtype: DTypeLike, mesh: Mesh | None = None
 ) -> KVCache:
     """An empty cache, allocated on the mesh (default: the default device)."""
     shape = cache_shape(config, batch, capacity)

@@ -41,9 +41,13 @@ class DualChunk:
                 f"local_size={self.local_size}"
             )
         if self.original_max_position_embeddings < 0:
-            raise ConfigError("original_max_position_embeddings must be 0 (no length temperature) or positive")
+            raise ConfigError(
+                "original_max_position_embeddings must be 0 (no length temperature) or positive"
+            )
         if not self.chunk_len <= self.saturation <= self.chunk_size:
-            raise ConfigError(f"the clip constant must lie in [{self.chunk_len}, {self.chunk_size}], got {self.clip}")
+            raise ConfigError(
+                f"the clip constant must lie in [{self.chunk_len}, {self.chunk_size}], got {self.clip}"
+            )
 
     @property
     def chunk_len(self) -> int:
@@ -105,7 +109,14 @@ class ModelConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}")
@@ -249,7 +260,9 @@ def _refuse_unknown(raw: dict[str, Any]) -> None:
         raise ConfigError(f"hidden_act {raw['hidden_act']!r} is not supported; Qwen2.5 uses 'silu'")
     for key in sorted(raw.keys() - _READ - _HARMLESS):
         if raw[key] and any(word in key.lower() for word in _SUSPECT):
-            raise ConfigError(f"key {key!r} = {raw[key]!r:.80} is not understood and may change the model's output")
+            raise ConfigError(
+                f"key {key!r} = {raw[key]!r:.80} is not understood and may change the model's output"
+            )
 
 
 def _rope(raw: dict[str, Any]) -> tuple[float, Yarn | None]:

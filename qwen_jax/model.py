@@ -1,8 +1,8 @@
 """Qwen2.5, the whole network.
 
-Dimension letters: B batch, T query positions, S key positions, D model width, F MLP width, N query heads, K KV heads, H head
-width, V vocabulary, L layers. Weights keep Hugging Face's order, (out, in). The repeated block is stored once with a leading axis
-L and scanned, so it compiles once. Source: `algorithms.md` 1.2.
+Dimension letters: B batch, T query positions, S key positions, D model width, F MLP width, N query heads, K KV heads,
+H head width, V vocabulary, L layers. Weights keep Hugging Face's order, (out, in). The repeated block is stored once with a
+leading axis L and scanned, so it compiles once. Source: `algorithms.md` 1.2.
 """
 
 from __future__ import annotations
@@ -42,7 +42,13 @@ class Linear(nnx.Module):
     """Weight [*out, *in] and optional bias [*out]; the einsum string at the call says which axes are which."""
 
     def __init__(
-        self, out: tuple[int, ...], into: tuple[int, ...], *, bias: bool = False, dtype: jnp.dtype, rngs: nnx.Rngs
+        self,
+        out: tuple[int, ...],
+        into: tuple[int, ...],
+        *,
+        bias: bool = False,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
     ):
         self.weight = nnx.Param(0.02 * jax.random.normal(rngs.params(), (*out, *into), dtype))
         self.bias = nnx.Param(jnp.zeros(out, dtype)) if bias else None
@@ -95,7 +101,12 @@ class Attention(nnx.Module):
         self.rotary = Rotary.from_config(config)
 
     def __call__(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, cache: KVCache | None, layer: jax.Array, attend: Attend
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        cache: KVCache | None,
+        layer: jax.Array,
+        attend: Attend,
     ) -> tuple[jax.Array, KVCache | None]:
         q_BTNH = self.q(x_BTD, "BTD,NHD->BTNH")
         k_BTKH = self.rotary.rotate_keys(self.k(x_BTD, "BTD,KHD->BTKH"), positions_BT)
@@ -129,7 +140,12 @@ class Block(nnx.Module):
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, cache: KVCache | None, layer: jax.Array, attend: Attend
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        cache: KVCache | None,
+        layer: jax.Array,
+        attend: Attend,
     ) -> tuple[jax.Array, KVCache | None]:
         a_BTD, cache = self.attn(self.input_norm(x_BTD), positions_BT, cache, layer, attend)
         x_BTD = x_BTD + a_BTD
@@ -222,7 +238,9 @@ class Qwen2(nnx.Module):
         Returns:
             (final hidden states [B, T, D], the cache with the piece in it).
         """
-        positions_BT = jnp.broadcast_to(start + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
+        positions_BT = jnp.broadcast_to(
+            start + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape
+        )
         scale_B = self._score_scale(prompt_len_B, prompt_len_B)
 
         def attend_piece(
@@ -268,7 +286,9 @@ class Qwen2(nnx.Module):
             )  # fmt: skip
             return out_BNH[:, None], cache
 
-        x_BTD, cache_out = self._layers(self.embed(token_B[:, None]), position_B[:, None], cache, attend_token)
+        x_BTD, cache_out = self._layers(
+            self.embed(token_B[:, None]), position_B[:, None], cache, attend_token
+        )
         assert cache_out is not None
         return self.logits(x_BTD[:, 0]), cache_out
 

@@ -77,6 +77,4 @@ def params(config: ModelConfig) -> tuple[Param, ...]:
 
 def num_params(config: ModelConfig) -> int:
     """Exact parameter count, tied weights counted once (`algorithms.md` 1.1)."""
-    return sum(
-        math.prod(p.shape(config)) * (config.num_layers if p.stacked else 1) for p in params(config)
-    )
+    return sum(math.prod(p.shape(config)) * (config.num_layers if p.stacked else 1) for p in params(config))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +87,7 @@ def _flash(
     """All query tiles C in turn: out [C, B, K, R, H] and lse float32[C, B, K, R]."""
 
     def one(c: jax.Array, q_PBKRH: jax.Array) -> tuple[jax.Array, jax.Array]:
-        def step(p: int, tile: _KeyTile, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        def step(p: int, tile: _KeyTile, state: Any) -> Any:
             out, peak, total = state
             s_BKRS = _scores(q_PBKRH[p], tile, scale_B)
             new_peak = jnp.maximum(peak, s_BKRS.max(-1))
@@ -108,24 +108,24 @@ def _flash(
     return lax.map(lambda xs: one(*xs), (jnp.arange(len(q_CPBKRH), dtype=jnp.int32), q_CPBKRH))
 
 
-def _flash_forward(*args: jax.Array) -> tuple:  # type: ignore[type-arg]
+def _flash_forward(*args: Any) -> Any:
     out, lse = _flash(*args)
     return (out, lse), (args[:5], out, lse)
 
 
-def _flash_backward(rotary: Rotary, group: int, saved: tuple, grads: tuple) -> tuple:  # type: ignore[type-arg]
+def _flash_backward(rotary: Rotary, group: int, saved: Any, grads: Any) -> Any:
     (q_CPBKRH, k_LBKSH, v_LBKSH, scale_B, where), out, lse = saved
     d_out, d_lse = grads
     _, B, K, S, H = k_LBKSH.shape
 
-    def one(d_kv: tuple[jax.Array, jax.Array], xs: tuple[jax.Array, ...]) -> tuple:  # type: ignore[type-arg]
+    def one(d_kv: tuple[jax.Array, jax.Array], xs: tuple[jax.Array, ...]) -> Any:
         c, q_PBKRH, out, lse, d_out, d_lse = xs
         d_out = d_out.astype(jnp.float32)
         # d s = p * (d p - d_out . out + d_lse): one number a row besides d p.
         row_BKR = d_lse - (d_out * out.astype(jnp.float32)).sum(-1)
         base = jnp.where(jnp.isneginf(lse), jnp.inf, lse)
 
-        def step(p: int, tile: _KeyTile, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        def step(p: int, tile: _KeyTile, state: Any) -> Any:
             d_q, d_k, d_v, d_scale_B = state
             s_BKRS = _scores(q_PBKRH[p], tile, scale_B)
             p_BKRS = jnp.exp(s_BKRS - base[..., None])
@@ -155,9 +155,9 @@ def _flash_backward(rotary: Rotary, group: int, saved: tuple, grads: tuple) -> t
 _flash.defvjp(_flash_forward, _flash_backward)
 
 
-def _walk[State](
-    step: Callable[[int, _KeyTile, State], State],
-    state: State,
+def _walk(
+    step: Callable[[int, _KeyTile, Any], Any],
+    state: Any,
     c: jax.Array,
     q_PBKRH: jax.Array,
     k_LBKSH: jax.Array,
@@ -165,7 +165,7 @@ def _walk[State](
     where: _Where,
     rotary: Rotary,
     group: int,
-) -> State:
+) -> Any:
     """Folds `step(stage number, key tile, state)` over the key tiles that query tile c sees, in key order."""
     R, S = q_PBKRH.shape[3], k_LBKSH.shape[3]
     width = min(KEY_TILE, S)
@@ -176,7 +176,7 @@ def _walk[State](
     for p, stage in enumerate(_stages(rotary)):
         lo, hi = bounds[stage][0], jnp.minimum(bounds[stage][1], end)
 
-        def visit(n: jax.Array, state: State, p: int = p, lo: jax.Array = lo, hi: jax.Array = hi) -> State:
+        def visit(n: jax.Array, state: Any, p: int = p, lo: jax.Array = lo, hi: jax.Array = hi) -> Any:
             first = lo + n * width
             start = jnp.minimum(first, S - width)  # dynamic_slice would move a tile that overhangs the cache
             j_S = start + jnp.arange(width, dtype=jnp.int32)

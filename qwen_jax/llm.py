@@ -1,0 +1,371 @@
+"""`LLM`: tokenizer, model, cache and compiled loops behind a few calls."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from qwen_jax import prefix_io
+from qwen_jax.answer import Answer, Generation
+from qwen_jax.build import load
+from qwen_jax.cache import init_cache
+from qwen_jax.config import DualChunk
+from qwen_jax.context import Context, Document, capacity_for
+from qwen_jax.decode import BLOCK, NO_TOKEN, Request, decode_block, first_token
+from qwen_jax.errors import QwenJaxError
+from qwen_jax.hub import resolve
+from qwen_jax.model import Qwen2
+from qwen_jax.prefill import Prefiller, default_chunk
+from qwen_jax.progress import progress_bar
+from qwen_jax.sampling import (
+    GenerationDefaults,
+    ResolvedSampling,
+    SamplingControls,
+    SamplingParams,
+    row_keys,
+    seen_tokens,
+)
+from qwen_jax.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int] | np.ndarray
+STREAM_BLOCK = 8  # tokens between two pieces of streamed text
+DEFAULT_NEW_TOKENS = 512
+
+
+class RequestError(QwenJaxError):
+    """A prompt or a setting that cannot be served."""
+
+
+class LLM:
+    """A model that answers.
+
+    Attributes:
+        model, config, tokenizer (None if the checkpoint has none), defaults (its generation_config.json).
+        max_len: most tokens of prompt and answer together.
+    """
+
+    def __init__(
+        self,
+        path_or_model: str | Path | Qwen2,
+        *,
+        max_len: int | None = None,
+        prefill_chunk: int | None = None,
+        dtype: DTypeLike | None = None,
+        kv_dtype: DTypeLike | None = None,
+        weight_dtype: str | None = None,
+        sparsity: str | None = None,
+        mesh: Mesh | None = None,
+        dca: DualChunk | Literal[False] | None = None,
+        tokenizer: Tokenizer | None = None,
+        batch_size: int = 8,
+        progress: bool = False,
+    ):
+        """Loads what `path_or_model` names.
+
+        Args:
+            path_or_model: a Hugging Face folder, a converted folder, a hub id, or a loaded `Qwen2`.
+            max_len: default: the config's max_position_embeddings.
+            prefill_chunk: tokens of a prefill piece; default `prefill.default_chunk`.
+            dtype: of weights and activations; default: the checkpoint's.
+            kv_dtype: of the cache; default: that of the weights.
+            weight_dtype, sparsity: not built yet, refused unless None.
+            mesh: where weights and cache go; default: one device.
+            dca: dual chunk attention to use instead of the config's; False: none.
+            tokenizer: default: the one in the checkpoint's folder, if any.
+            batch_size: most prompts that run together.
+            progress: show bars with the remaining time when stderr is a terminal.
+
+        Raises:
+            QwenJaxError: whatever `load` refuses; a setting that is not built; max_len beyond the model's positions.
+        """
+        if weight_dtype is not None:
+            raise RequestError(
+                f"weight_dtype={weight_dtype!r} is not built yet; dtype= takes bfloat16, float16, float32"
+            )
+        if sparsity is not None:
+            raise RequestError(f"sparsity={sparsity!r} is not built yet; leave it out for dense attention")
+        if isinstance(path_or_model, Qwen2):
+            self.model, self.tokenizer, self.defaults = path_or_model, tokenizer, GenerationDefaults()
+        else:
+            folder = resolve(path_or_model)
+            with progress_bar("loading", show=progress, unit="bytes") as bar:
+                self.model = load(folder, dtype=dtype, mesh=mesh, dca=dca, progress=bar)
+            self.defaults = GenerationDefaults.from_folder(folder)
+            self.tokenizer = tokenizer
+            if tokenizer is None and any(
+                (folder / name).is_file() for name in ("tokenizer.json", "vocab.json")
+            ):
+                self.tokenizer = Tokenizer.from_folder(folder)
+        self.config = self.model.config
+        positions = self.config.max_position_embeddings
+        self.max_len = positions if max_len is None else max_len
+        if self.max_len < 1:
+            raise RequestError(f"max_len must be at least 1, got {max_len}")
+        if self.config.dual_chunk is None and self.max_len > positions:
+            raise RequestError(
+                f"max_len={self.max_len} is beyond the {positions} positions of this model: lower it, or put dual "
+                f"chunk attention on the model (dca=DualChunk(chunk_size, local_size))"
+            )
+        if prefill_chunk is not None and prefill_chunk < 1:
+            raise RequestError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
+        self._batch_size, self._progress, self._mesh = batch_size, progress, mesh
+        self._kv_dtype = _kv_dtype(kv_dtype, self.model.embed.weight[...].dtype)
+        self._graph, self._params = nnx.split(self.model)
+        chunk = default_chunk(self.config) if prefill_chunk is None else prefill_chunk
+        self._prefiller = Prefiller(self._graph, self._params, self.config, chunk)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        prefix: Document | None = None,
+        anew: bool = False,
+    ) -> Any:
+        """Answers one prompt (text or a list of ids: gives one Generation) or several (gives a list, in order).
+
+        Args:
+            prompts: text or token ids; with `prefix` they stand right after the document.
+            params: one for all or one a prompt; what it leaves open comes from generation_config.json.
+            prefix: a document of `prefill` or `load_prefix`; it stays usable. Its questions are answered one by one.
+            anew: with a prefix: prefill document and prompt together instead of reading the document's cache.
+
+        Raises:
+            QwenJaxError: empty prompt, token id outside the vocabulary, prompt and answer beyond max_len.
+        """
+        single = _is_single(prompts)
+        given: Any = [prompts] if single else prompts
+        rows = [self.token_ids(prompt) for prompt in given]
+        settings = self._settings(params, len(rows))
+        out: list[Generation] = []
+        if prefix is not None and not anew:
+            for ids, setting in zip(rows, settings, strict=True):
+                answers = [self._answer(setting, len(prefix) + len(ids))]
+                for _ in self._run(prefix, [ids], answers, [setting], BLOCK):
+                    pass
+                out.append(answers[0].result())
+        else:
+            if prefix is not None:
+                rows = [np.concatenate([prefix.token_ids, ids]) for ids in rows]
+            for n in range(0, len(rows), self._batch_size):
+                batch, chosen = rows[n : n + self._batch_size], settings[n : n + self._batch_size]
+                answers = [self._answer(s, len(ids)) for ids, s in zip(batch, chosen, strict=True)]
+                for _ in self._run(self._new_context(batch, answers), batch, answers, chosen, BLOCK):
+                    pass
+                out += [answer.result() for answer in answers]
+        return out[0] if single else out
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, prefix: Document | None = None
+    ) -> Iterator[str]:
+        """Yields the answer as it grows, in pieces of whole characters. Arguments and errors as in `generate`."""
+        yield from self.run_context(
+            self.new_context() if prefix is None else prefix, self.token_ids(prompt), params
+        )
+
+    def run_context(
+        self, context: Context, ids: np.ndarray, params: SamplingParams | None = None
+    ) -> Generator[str, None, Generation]:
+        """Streams the answer to `ids` standing behind what `context` holds, and returns it whole; `Chat` is made of this.
+
+        The context's cache ends up with the keys of `ids` and of all answered tokens but the last; its token_ids are the
+        caller's to set.
+        """
+        (setting,) = self._settings(params, 1)
+        answers = [self._answer(setting, len(context) + len(ids))]
+        for (piece,) in self._run(context, [ids], answers, [setting], STREAM_BLOCK):
+            if piece:
+                yield piece
+        return answers[0].result()
+
+    def new_context(self) -> Context:
+        """An empty context of one row, which grows as it is used."""
+        return Context(self._empty_cache(1, 1))
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The prompt that the checkpoint's chat template makes of messages, up to where the answer begins.
+
+        Raises:
+            QwenJaxError: no tokenizer, no chat template, or a template that refuses the messages.
+        """
+        if self.tokenizer is None:
+            raise RequestError("the checkpoint has no tokenizer, so it cannot chat")
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+
+    def prefill(self, text: Prompt) -> Document:
+        """Runs a document through the model once; the result serves as `prefix=` any number of times.
+
+        Raises:
+            QwenJaxError: empty text, token id outside the vocabulary, longer than max_len.
+        """
+        ids = self.token_ids(text)
+        self._check_length(len(ids), 0)
+        document = Document(
+            self._empty_cache(1, len(ids)), np.zeros(0, np.int32), prefix_io.owner(self.model)
+        )
+        self._extend(document, [ids])
+        document.token_ids = ids
+        return document
+
+    def load_prefix(self, path: str | Path) -> Document:
+        """Reads a document that `Document.save` wrote.
+
+        Raises:
+            QwenJaxError: no such document, longer than max_len, or made by a model of another shape or position scheme.
+        """
+        document = prefix_io.load(Path(path), self.model, self._kv_dtype, lambda n: self._empty_cache(1, n))
+        self._check_length(len(document), 0)
+        return document
+
+    def score(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Log-probability of each next token, float32[T - 1], through the same chunked prefill.
+
+        Raises:
+            QwenJaxError: fewer than two tokens, an id outside the vocabulary, longer than max_len.
+        """
+        ids = self.token_ids(token_ids)
+        if len(ids) < 2:
+            raise RequestError("score needs at least two tokens: nothing stands before the first")
+        self._check_length(len(ids), 0)
+        with progress_bar("scoring", len(ids) - 1, show=self._progress) as bar:
+            return self._prefiller.score(ids, self._empty_cache(1, len(ids)), on_piece=bar)
+
+    def _run(
+        self,
+        context: Context,
+        rows: list[np.ndarray],
+        answers: list[Answer],
+        settings: list[ResolvedSampling],
+        block: int,
+    ) -> Iterator[list[str]]:
+        """Prefills `rows` behind what the context holds, decodes, feeds `answers`; yields each row's new text after a block."""
+        context.reserve(
+            len(context) + max(len(r) + a.limit for r, a in zip(rows, answers, strict=True)), self.max_len
+        )
+        last_BD = self._extend(context, rows)
+        lengths_B = np.array([len(context) + len(ids) for ids in rows], np.int32)
+        whole_BT = _pad([np.concatenate([context.token_ids, ids]) for ids in rows])
+        seen_BV = seen_tokens(jnp.asarray(whole_BT), jnp.asarray(lengths_B), self.config.vocab_size)
+        eos_BE = _pad([np.array(s.eos_token_ids or (NO_TOKEN,), np.int32) for s in settings], NO_TOKEN)
+        limit_B = np.array([answer.limit for answer in answers], np.int32)
+        request = Request(
+            jnp.asarray(lengths_B),
+            jnp.asarray(limit_B),
+            jnp.asarray(eos_BE),
+            SamplingControls.stack(settings),
+            row_keys(settings),
+        )
+        state = first_token(self._prefiller.logits(last_BD), request, seen_BV)
+        tokens_BT = np.asarray(state.token_B)[:, None]
+        while True:
+            yield [a.push(t[t != NO_TOKEN]) for a, t in zip(answers, tokens_BT, strict=True)]
+            done_B = np.array(
+                [answer.done for answer in answers]
+            )  # a stop string ends rows the device thinks alive
+            if done_B.all():
+                return
+            state = state._replace(done_B=jnp.asarray(done_B))
+            out_BT, context.cache, state = decode_block(
+                self._graph, self._params, request, context.cache, state, jnp.int32(block)
+            )
+            tokens_BT = np.asarray(out_BT)
+
+    def _extend(self, context: Context, rows: list[np.ndarray]) -> jax.Array:
+        """Runs right-padded rows behind what the context holds; returns each row's last hidden state [B, D]."""
+        tokens_BT, start = _pad(rows), len(context)
+        lengths_B = np.array([start + len(ids) for ids in rows], np.int32)
+        queued: jax.Array | None = None
+        before = 0
+        with progress_bar("prefill", tokens_BT.shape[1], show=self._progress) as bar:
+            for done, last_BD, cache in self._prefiller.run(tokens_BT, lengths_B, context.cache, start):
+                context.cache = cache
+                if self._progress and queued is not None:
+                    queued.block_until_ready()  # the piece before this one: the device is never left idle
+                    bar(before)
+                queued, before = last_BD, done
+        return last_BD
+
+    def _new_context(self, rows: list[np.ndarray], answers: list[Answer]) -> Context:
+        longest = max(len(ids) + answer.limit for ids, answer in zip(rows, answers, strict=True))
+        return Context(self._empty_cache(len(rows), longest))
+
+    def _empty_cache(self, rows: int, tokens: int) -> Any:
+        return init_cache(self.config, rows, capacity_for(tokens, self.max_len), self._kv_dtype, self._mesh)
+
+    def _answer(self, setting: ResolvedSampling, prompt: int) -> Answer:
+        """An empty answer of at most max_new_tokens; without that setting, 512 or what still fits."""
+        limit = setting.max_new_tokens
+        if limit is None:
+            limit = max(1, min(DEFAULT_NEW_TOKENS, self.max_len - prompt))
+        self._check_length(prompt, limit)
+        if setting.stop and self.tokenizer is None:
+            raise RequestError("stop strings need a tokenizer, and the checkpoint has none")
+        return Answer(setting, limit, prompt, self.tokenizer)
+
+    def _settings(
+        self, params: SamplingParams | Sequence[SamplingParams] | None, rows: int
+    ) -> list[ResolvedSampling]:
+        given = [params] * rows if params is None or isinstance(params, SamplingParams) else list(params)
+        if len(given) != rows:
+            raise RequestError(f"{len(given)} sampling settings for {rows} prompts")
+        return [(p or SamplingParams()).resolve(self.defaults) for p in given]
+
+    def token_ids(self, prompt: Prompt) -> np.ndarray:
+        """int32[T] of a prompt. Raises QwenJaxError: empty, not text or a flat list of ids, an id outside the vocabulary."""
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise RequestError("the checkpoint has no tokenizer: give token ids instead of text")
+            ids = np.asarray(self.tokenizer.encode(prompt), np.int64)
+        else:
+            ids = np.asarray(prompt)
+        if ids.size == 0:
+            raise RequestError("the prompt is empty")
+        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+            raise RequestError(
+                f"a prompt is text or a list of token ids, got {ids.dtype} of shape {ids.shape}"
+            )
+        wrong = ids[(ids < 0) | (ids >= self.config.vocab_size)]
+        if len(wrong):
+            raise RequestError(
+                f"token id {wrong[0]} is outside the vocabulary of {self.config.vocab_size} tokens"
+            )
+        return ids.astype(np.int32)
+
+    def _check_length(self, prompt: int, new: int) -> None:
+        if prompt + new > self.max_len:
+            wish = f"{prompt} tokens" + (f" and {new} new ones" if new else "")
+            raise RequestError(
+                f"{wish} do not fit max_len={self.max_len}: raise max_len or shorten the prompt"
+            )
+
+
+def _is_single(prompts: Any) -> bool:
+    """A string, or a flat list of ids; an empty list is one (empty) prompt."""
+    return isinstance(prompts, str) or len(prompts) == 0 or isinstance(prompts[0], (int, np.integer))
+
+
+def _pad(rows: list[np.ndarray], fill: int = 0) -> np.ndarray:
+    """int32[B, longest], right-padded."""
+    longest = max(map(len, rows))
+    return np.stack([np.pad(row, (0, longest - len(row)), constant_values=fill) for row in rows]).astype(
+        np.int32
+    )
+
+
+def _kv_dtype(wanted: DTypeLike | None, weights: np.dtype) -> np.dtype:
+    supported = [np.dtype(d) for d in (jnp.bfloat16, jnp.float16, jnp.float32)]
+    try:
+        dtype = np.dtype(weights if wanted is None else wanted)
+    except TypeError:
+        dtype = None
+    if dtype not in supported:
+        raise RequestError(f"kv_dtype={wanted!r} is not built yet; there are bfloat16, float16 and float32")
+    return dtype

@@ -1,0 +1,193 @@
+"""Chunked prefill: the plan of pieces, and the loop that runs them through one compiled program.
+
+Every full chunk runs the same program (its start is a value, not a shape); the rest of a prompt runs in the smallest
+power-of-two bucket that holds it. Pieces never straddle a multiple of s, so every key tile is of one stage (`algorithms.md` 2.7).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from qwen_jax.cache import KVCache
+from qwen_jax.config import ModelConfig
+
+MAX_CHUNK = 32_768
+MIN_BUCKET = 128
+_SCORE_ROWS = 256  # rows of logits alive at once while scoring: 256 x 152k float32 is 156 MB
+
+OnPiece = Callable[[int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Positions [start, start + length) run as `padded` rows; the rows past `length` are padding."""
+
+    start: int
+    length: int
+    padded: int
+
+
+def default_chunk(config: ModelConfig) -> int:
+    """Tokens a chunk: the largest divisor of s up to 32,768 (31,744 for the 1M models), so that only the last piece is short.
+
+    A chunk length with no useful divisor gives min(s, 32,768); without dual chunk attention it is 32,768.
+    """
+    if config.dual_chunk is None:
+        return MAX_CHUNK
+    s = config.dual_chunk.chunk_len
+    best = max(chunk for chunk in range(1, min(s, MAX_CHUNK) + 1) if s % chunk == 0)
+    return best if 4 * best >= min(s, MAX_CHUNK) else min(s, MAX_CHUNK)
+
+
+def bucket(length: int, chunk: int) -> int:
+    """Rows that `length` tokens run as: the next power of two from 128 on, at most a whole chunk."""
+    return min(chunk, max(MIN_BUCKET, 1 << (length - 1).bit_length()))
+
+
+def plan_pieces(
+    start: int, end: int, *, chunk: int, capacity: int, chunk_len: int | None = None
+) -> list[Piece]:
+    """Splits positions [start, end) into pieces of at most `chunk` rows that do not straddle a multiple of `chunk_len`.
+
+    Args:
+        start, end: absolute positions; what lies before `start` is in the cache.
+        chunk: rows of a full piece.
+        capacity: positions the cache holds; padding never reaches beyond it.
+        chunk_len: s of dual chunk attention, or None.
+
+    Raises:
+        ValueError: end passes the capacity, or start > end.
+    """
+    if not 0 <= start <= end <= capacity:
+        raise ValueError(f"positions {start}..{end} do not fit a cache of {capacity}")
+    pieces = []
+    while start < end:
+        stop = min(end, start + chunk)
+        if chunk_len:
+            stop = min(stop, start - start % chunk_len + chunk_len)
+        pieces.append(Piece(start, stop - start, min(bucket(stop - start, chunk), capacity - start)))
+        start = stop
+    return pieces
+
+
+def _piece_tokens(tokens_BT: np.ndarray, origin: int, piece: Piece) -> np.ndarray:
+    """The piece's columns of tokens_BT (whose column 0 is position `origin`), zero-padded to the bucket."""
+    first = piece.start - origin
+    cut = tokens_BT[:, first : first + piece.length]
+    return np.pad(cut, ((0, 0), (0, piece.padded - piece.length)))
+
+
+@functools.partial(jax.jit, static_argnames="graph", donate_argnames="cache")
+def _prefill_piece(
+    graph: nnx.GraphDef,
+    params: nnx.State,
+    tokens_BT: jax.Array,
+    start: jax.Array,
+    prompt_len_B: jax.Array,
+    cache: KVCache,
+    last_BD: jax.Array,
+) -> tuple[jax.Array, KVCache]:
+    """Runs one piece; last_BD takes the hidden state of each row whose last prompt token lies in it."""
+    x_BTD, cache = nnx.merge(graph, params).extend(tokens_BT, cache, start, prompt_len_B)
+    t_B = prompt_len_B - 1 - start
+    here_B = (t_B >= 0) & (t_B < tokens_BT.shape[1])
+    x_BD = jnp.take_along_axis(x_BTD, jnp.where(here_B, t_B, 0)[:, None, None], axis=1)[:, 0]
+    return jnp.where(here_B[:, None], x_BD, last_BD), cache
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _head(graph: nnx.GraphDef, params: nnx.State, x_BD: jax.Array) -> jax.Array:
+    return nnx.merge(graph, params).logits(x_BD)
+
+
+@functools.partial(jax.jit, static_argnames="graph", donate_argnames="cache")
+def _score_piece(
+    graph: nnx.GraphDef,
+    params: nnx.State,
+    tokens_BT: jax.Array,
+    targets_BT: jax.Array,
+    start: jax.Array,
+    prompt_len_B: jax.Array,
+    cache: KVCache,
+) -> tuple[jax.Array, KVCache]:
+    """Runs one piece and returns the log-probability of each row's target, float32[B, T]."""
+    model = nnx.merge(graph, params)
+    x_BTD, cache = model.extend(tokens_BT, cache, start, prompt_len_B)
+    B, T, D = x_BTD.shape
+
+    def score(args: tuple[jax.Array, jax.Array]) -> jax.Array:
+        x_D, target = args
+        logits_V = model.logits(x_D)
+        return logits_V[target] - jax.nn.logsumexp(logits_V)
+
+    flat = lax.map(score, (x_BTD.reshape(B * T, D), targets_BT.reshape(B * T)), batch_size=_SCORE_ROWS)
+    return flat.reshape(B, T), cache
+
+
+class Prefiller:
+    """Runs prompts through a model piece by piece.
+
+    Attributes:
+        graph, params: the model, split once.
+        config: its config.
+        chunk: tokens of a full piece.
+    """
+
+    def __init__(self, graph: nnx.GraphDef, params: nnx.State, config: ModelConfig, chunk: int):
+        self.graph, self.params, self.config, self.chunk = graph, params, config, chunk
+        self.dtype = params["embed"]["weight"][...].dtype
+
+    def pieces(self, start: int, end: int, capacity: int) -> list[Piece]:
+        """The plan for positions [start, end)."""
+        s = self.config.dual_chunk.chunk_len if self.config.dual_chunk else None
+        return plan_pieces(start, end, chunk=self.chunk, capacity=capacity, chunk_len=s)
+
+    def run(
+        self, tokens_BT: np.ndarray, prompt_len_B: np.ndarray, cache: KVCache, start: int = 0
+    ) -> Iterator[tuple[int, jax.Array, KVCache]]:
+        """Yields (tokens done, last hidden states [B, D], cache) after each piece has been handed to the device.
+
+        Args:
+            tokens_BT: int32[B, T], right-padded; column 0 stands at position `start`.
+            prompt_len_B: int32[B], whole prompt of each row, what is cached before `start` included.
+            cache: holds positions below `start` of every row. It is donated: use the yielded one from then on.
+            start: absolute position, the same for every row.
+        """
+        lengths_B = jnp.asarray(prompt_len_B, jnp.int32)
+        end = start + tokens_BT.shape[1]
+        last_BD = jnp.zeros((len(tokens_BT), self.config.hidden_size), self.dtype)
+        for piece in self.pieces(start, end, cache.capacity):
+            last_BD, cache = _prefill_piece(
+                self.graph, self.params, jnp.asarray(_piece_tokens(tokens_BT, start, piece)),
+                jnp.int32(piece.start), lengths_B, cache, last_BD,
+            )  # fmt: skip
+            yield piece.start + piece.length - start, last_BD, cache
+
+    def logits(self, last_BD: jax.Array) -> jax.Array:
+        """float32[B, V] from the last hidden states."""
+        return _head(self.graph, self.params, last_BD)
+
+    def score(self, token_ids: np.ndarray, cache: KVCache, on_piece: OnPiece | None = None) -> np.ndarray:
+        """Log-probability of each next token of one row: float32[T - 1] from int32[T]."""
+        T = len(token_ids)
+        inputs, targets = token_ids[None, :-1], token_ids[None, 1:]
+        length_B = jnp.array([T], jnp.int32)  # as `model(tokens)`: the temperature is that of all T tokens
+        out = []
+        for piece in self.pieces(0, T - 1, cache.capacity):
+            logp_BT, cache = _score_piece(
+                self.graph, self.params,
+                jnp.asarray(_piece_tokens(inputs, 0, piece)), jnp.asarray(_piece_tokens(targets, 0, piece)),
+                jnp.int32(piece.start), length_B, cache,
+            )  # fmt: skip
+            out.append(np.asarray(logp_BT[0, : piece.length]))
+            if on_piece:
+                on_piece(piece.start + piece.length)
+        return np.concatenate(out)
