@@ -27,6 +27,13 @@ class TokenizerError(CheckpointError):
     """Tokenizer files that are missing or broken, or text and ids they cannot take."""
 
 
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether `folder` holds the files of a tokenizer at all."""
+    folder = Path(folder)
+    old = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+    return old or (folder / "tokenizer.json").is_file()
+
+
 class Tokenizer:
     """A checkpoint's tokenizer. Build it with `Tokenizer.from_folder`.
 
@@ -65,14 +72,14 @@ class Tokenizer:
         folder = Path(folder)
         path = folder / "tokenizer_config.json"
         config = _read_object(path) if path.is_file() else {}
-        if (folder / "tokenizer.json").is_file():
-            backend = _load(folder / "tokenizer.json")
-        elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            backend = _build(folder / "vocab.json", folder / "merges.txt")
-        else:
+        if not has_tokenizer(folder):
             raise TokenizerError(
                 f"{folder}: no tokenizer: it holds neither tokenizer.json nor vocab.json and merges.txt"
             )
+        if (folder / "tokenizer.json").is_file():
+            backend = _load(folder / "tokenizer.json")
+        else:
+            backend = _build(folder / "vocab.json", folder / "merges.txt")
         _add_tokens(backend, config, path)
         try:
             return cls(backend, config, ChatTemplate.from_folder(folder, config, _token_names(config)))

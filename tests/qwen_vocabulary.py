@@ -1,4 +1,4 @@
-"""The real Qwen2.5 tokenizer for tests: the ranks in the package dashscope, through transformers' converter."""
+"""The real Qwen2.5 tokenizer for tests: ranks from the package dashscope, transformers' converter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from tokenizers import AddedToken, normalizers
 # Added tokens of Qwen2.5 in the order of their ids, from 151643 on; the second part is not special.
 SPECIAL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
-    "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+    "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>",
+    "<|vision_end|>", "<|vision_pad|>",
     "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
 NOT_SPECIAL = (

@@ -1,4 +1,4 @@
-"""Whatever the split into pieces, a streamed text is the text decoded at once, cut at the first stop string."""
+"""However it is cut into pieces, a streamed text is the text decoded at once, up to the first stop string."""
 
 from __future__ import annotations
 

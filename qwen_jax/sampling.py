@@ -1,0 +1,296 @@
+"""Choosing the next token: what the user asks for, the checkpoint's defaults, the draw on the device.
+
+The order is that of transformers: repetition penalty, temperature, top-k, top-p, draw. Every row has a key of
+its own, so a row of a batch gets the tokens it would get alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from qwen_jax.errors import QwenJaxError
+from qwen_jax.generation_config import GenerationDefaults
+
+__all__ = [
+    "GenerationDefaults",
+    "ResolvedSampling",
+    "SamplingControls",
+    "SamplingError",
+    "SamplingParams",
+    "filtered_logits",
+    "mark_seen",
+    "row_keys",
+    "sample",
+    "seen_tokens",
+    "step_keys",
+]
+
+
+class SamplingError(QwenJaxError):
+    """A sampling setting outside its range, or two that contradict each other."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How to answer. None takes what the checkpoint's generation_config.json says.
+
+    Attributes:
+        max_new_tokens: most tokens to sample.
+        temperature: divides the logits; 0 means greedy.
+        top_k: sample among the k likeliest tokens (more where several tie for the last place); 0 means all.
+        top_p: sample among the likeliest tokens that together reach this probability, in (0, 1].
+        repetition_penalty: makes tokens of the prompt and the answer less likely when above 1; greedy too.
+        greedy: take the likeliest token. None: greedy at temperature 0, sampling when temperature, top_k or
+            top_p is given here, else what the checkpoint says.
+        seed: of the draw; the same seed and prompt give the same answer, whatever else is in the batch.
+        stop: texts that end the answer; they are not part of it.
+        ignore_eos: go on past the end token.
+        eos_token_ids: tokens that end the answer.
+    """
+
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float | None = None
+    greedy: bool | None = None
+    seed: int = 0
+    stop: str | tuple[str, ...] = ()
+    ignore_eos: bool = False
+    eos_token_ids: tuple[int, ...] | None = None
+
+    def resolve(self, defaults: GenerationDefaults | None = None) -> ResolvedSampling:
+        """Fills in the checkpoint's defaults and checks every value.
+
+        Raises:
+            SamplingError: a value outside its range, or `greedy` against `temperature`, `top_k` or `top_p`.
+        """
+        defaults = defaults or GenerationDefaults()
+        greedy = self._is_greedy(defaults)
+        temperature = 1.0 if greedy else _first(self.temperature, defaults.temperature)
+        top_k = 0 if greedy else _first(self.top_k, defaults.top_k)
+        top_p = 1.0 if greedy else _first(self.top_p, defaults.top_p)
+        penalty = _first(self.repetition_penalty, defaults.repetition_penalty)
+        eos = () if self.ignore_eos else _first(self.eos_token_ids, defaults.eos_token_ids)
+        new = _first(self.max_new_tokens, defaults.max_new_tokens)
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+        _check(
+            _is_number(temperature) and _TINY <= temperature <= _HUGE,
+            "temperature",
+            "positive, or 0 for greedy",
+            temperature,
+        )
+        _check(_is_integer(top_k) and 0 <= top_k < 2**31, "top_k", "an integer, 0 (off) or more", top_k)
+        _check(_is_number(top_p) and 0 < top_p <= 1, "top_p", "in (0, 1]", top_p)
+        _check(
+            _is_number(penalty) and _TINY <= penalty <= _HUGE, "repetition_penalty", "more than 0", penalty
+        )
+        _check(
+            new is None or (_is_integer(new) and new >= 1), "max_new_tokens", "an integer of at least 1", new
+        )
+        _check(
+            _is_integer(self.seed) and 0 <= self.seed < 2**63,
+            "seed",
+            "an integer from 0 to 2**63 - 1",
+            self.seed,
+        )
+        _check(all(isinstance(s, str) and s for s in stop), "stop", "texts that are not empty", stop)
+        _check(all(_is_integer(i) and i >= 0 for i in eos), "eos_token_ids", "token ids", eos)
+        return ResolvedSampling(
+            max_new_tokens=new,
+            greedy=greedy,
+            temperature=float(temperature),
+            top_k=int(top_k),
+            top_p=float(top_p),
+            repetition_penalty=float(penalty),
+            seed=int(self.seed),
+            stop=stop,
+            eos_token_ids=tuple(eos),
+        )
+
+    def _is_greedy(self, defaults: GenerationDefaults) -> bool:
+        asked = {
+            name: getattr(self, name)
+            for name in ("temperature", "top_k", "top_p")
+            if getattr(self, name) is not None
+        }
+        cold = asked.get("temperature") == 0
+        if self.greedy and asked and not cold:
+            names = ", ".join(f"{name}={value}" for name, value in asked.items())
+            raise SamplingError(f"greedy=True leaves nothing to sample: drop it, or drop {names}")
+        if self.greedy is False and cold:
+            raise SamplingError("temperature=0 means greedy: it contradicts greedy=False")
+        if self.greedy is not None:
+            return self.greedy
+        if cold:
+            return True
+        return not asked and (not defaults.do_sample or defaults.temperature == 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ResolvedSampling:
+    """`SamplingParams` with nothing left open. Greedy rows have temperature 1, top_k 0 and top_p 1.
+
+    `max_new_tokens` None: as many as fit. `eos_token_ids` is empty when end tokens are to be ignored.
+    """
+
+    max_new_tokens: int | None
+    greedy: bool
+    temperature: float
+    top_k: int
+    top_p: float
+    repetition_penalty: float
+    seed: int
+    stop: tuple[str, ...]
+    eos_token_ids: tuple[int, ...]
+
+
+class SamplingControls(NamedTuple):
+    """The settings of B rows on the device, each [B]: float32, int32, float32, float32, bool."""
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    repetition_penalty: jax.Array
+    greedy: jax.Array
+
+    @classmethod
+    def stack(cls, rows: Sequence[ResolvedSampling]) -> SamplingControls:
+        """One row for each setting."""
+        dtypes = (jnp.float32, jnp.int32, jnp.float32, jnp.float32, jnp.bool)
+        return cls(
+            *(
+                jnp.array([getattr(row, name) for row in rows], dtype)
+                for name, dtype in zip(cls._fields, dtypes, strict=True)
+            )
+        )
+
+
+def row_keys(rows: Sequence[ResolvedSampling]) -> jax.Array:
+    """A random key for each row from its seed: typed keys [B].
+
+    Always of the threefry kind: only there does a row's draw under `vmap` not depend on the other rows.
+    """
+    words_B2 = np.array([divmod(row.seed, 2**32) for row in rows], np.uint32).reshape(-1, 2)
+    return jax.random.wrap_key_data(jnp.asarray(words_B2), impl="threefry2x32")
+
+
+def step_keys(keys_B: jax.Array, step_B: jax.Array) -> jax.Array:
+    """The keys [B] for the draw of each row's token number `step_B` (int32[B])."""
+    return jax.vmap(jax.random.fold_in)(keys_B, step_B)
+
+
+def seen_tokens(tokens_BT: jax.Array, lengths_B: jax.Array, vocab_size: int) -> jax.Array:
+    """Which tokens each prompt holds, for the repetition penalty: bool[B, V].
+
+    Args:
+        tokens_BT: int32[B, T] prompts, padded at the end.
+        lengths_B: int32[B], real tokens of each.
+        vocab_size: V of the model.
+    """
+    rows_B1 = jnp.arange(len(tokens_BT))[:, None]
+    real_BT = jnp.arange(tokens_BT.shape[1]) < lengths_B[:, None]
+    # Padding goes to column V, which is out of bounds and dropped.
+    columns_BT = jnp.where(real_BT, tokens_BT, vocab_size)
+    empty_BV = jnp.zeros((len(tokens_BT), vocab_size), bool)
+    return empty_BV.at[rows_B1, columns_BT].set(True, mode="drop")
+
+
+def mark_seen(seen_BV: jax.Array, token_B: jax.Array) -> jax.Array:
+    """`seen_BV` with one more token a row (int32[B])."""
+    return seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
+
+
+def sample(
+    logits_BV: jax.Array, seen_BV: jax.Array, controls: SamplingControls, keys_B: jax.Array
+) -> jax.Array:
+    """The next token of every row.
+
+    Args:
+        logits_BV: float32[B, V].
+        seen_BV: bool[B, V], tokens the repetition penalty applies to.
+        controls: settings of each row.
+        keys_B: one key a row and step, from `step_keys`.
+
+    Returns:
+        int32[B]. Greedy rows take the first of the largest penalised logits.
+    """
+    penalised_BV = _penalised(logits_BV, seen_BV, controls)
+    best_B = jnp.argmax(penalised_BV, -1).astype(jnp.int32)
+
+    def draw() -> jax.Array:
+        drawn_B = jax.vmap(jax.random.categorical)(keys_B, _filtered(penalised_BV, controls))
+        return jnp.where(controls.greedy, best_B, drawn_B.astype(jnp.int32))
+
+    # Sorting 152k logits costs more than the rest of the step together: not when every row is greedy.
+    return lax.cond(controls.greedy.all(), lambda: best_B, draw)
+
+
+def filtered_logits(logits_BV: jax.Array, seen_BV: jax.Array, controls: SamplingControls) -> jax.Array:
+    """The logits `sample` draws from: float32[B, V], -inf where filtered, 0 at each row's best.
+
+    Tokens that tie with the last one that top-k or top-p lets through pass as well, so the result does not
+    depend on the order of the vocabulary.
+    """
+    return _filtered(_penalised(logits_BV, seen_BV, controls), controls)
+
+
+def _penalised(logits_BV: jax.Array, seen_BV: jax.Array, controls: SamplingControls) -> jax.Array:
+    penalty_B1 = controls.repetition_penalty[:, None]
+    logits_BV = logits_BV.astype(jnp.float32)
+    lowered_BV = jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
+    return jnp.where(seen_BV, lowered_BV, logits_BV)
+
+
+def _filtered(logits_BV: jax.Array, controls: SamplingControls) -> jax.Array:
+    # The best logit moves to 0 first: dividing by a small temperature then cannot overflow.
+    scaled_BV = (logits_BV - logits_BV.max(-1, keepdims=True)) / controls.temperature[:, None]
+    vocab_size = logits_BV.shape[-1]
+    top_k_B = jnp.where(controls.top_k > 0, jnp.minimum(controls.top_k, vocab_size), vocab_size)
+    narrow_B = ((top_k_B < vocab_size) | (controls.top_p < 1)) & ~controls.greedy
+
+    def least() -> jax.Array:
+        return jnp.where(narrow_B, _least_allowed(scaled_BV, top_k_B, controls.top_p), -jnp.inf)
+
+    least_B = lax.cond(narrow_B.any(), least, lambda: jnp.full(len(scaled_BV), -jnp.inf))
+    return jnp.where(scaled_BV >= least_B[:, None], scaled_BV, -jnp.inf)
+
+
+def _least_allowed(logits_BV: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array) -> jax.Array:
+    """The smallest logit that top-k and then top-p let through, from one sort of the values: float32[B]."""
+    down_BV = -jnp.sort(-logits_BV, axis=-1)
+    kth_B1 = jnp.take_along_axis(down_BV, top_k_B[:, None] - 1, axis=-1)
+    probability_BV = jax.nn.softmax(jnp.where(down_BV >= kth_B1, down_BV, -jnp.inf), axis=-1)
+    before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
+    # A rounded sum may reach 1 before the last token does; top_p = 1 lets everything through that top-k did.
+    kept_BV = (down_BV >= kth_B1) & ((before_BV < top_p_B[:, None]) | (top_p_B[:, None] >= 1))
+    return jnp.where(kept_BV, down_BV, jnp.inf).min(-1)
+
+
+# Limits of a normal float32: the device computes in it.
+_TINY, _HUGE = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+
+
+def _first[T](value: T | None, default: T) -> T:
+    return default if value is None else value
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _check(good: bool, name: str, wanted: str, value: object) -> None:
+    if not good:
+        raise SamplingError(f"{name} must be {wanted}, got {value!r:.80}")
