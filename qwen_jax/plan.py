@@ -1,0 +1,439 @@
+"""Will it fit, and how long can it take at best: arithmetic on shapes, before anything is allocated.
+
+Seconds are floors: every FLOP at the device's best rate, every byte at its best bandwidth, communication and launches
+free. Bytes are of the busiest device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from qwen_jax.config import ModelConfig
+from qwen_jax.devices import FRACTION_VARIABLES, DeviceSet, client_memory_fraction, parse_devices
+from qwen_jax.errors import QwenJaxError
+from qwen_jax.params import Param, params
+from qwen_jax.prefill import default_chunk
+from qwen_jax.sharding import AXES, CONTEXT, DATA, TENSOR, ShardingRules, widest_tensor
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "fp8": 1}
+_SCALE_BYTES = 4  # float32, one per token and head of an 8-bit cache, one per output of an 8-bit matrix
+_MOST_FRACTION = 0.95  # of a GPU's memory: the rest is the driver's and the compiled programs'
+_SMALL_CHUNK = 4096
+_MOST_DEVICES = 4096
+
+
+class PlanError(QwenJaxError):
+    """A plan that cannot be made, or that does not fit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One way to run one model.
+
+    Attributes:
+        context: tokens of prompt and answer a row, and `batch` rows.
+        kv_dtype, weight_dtype: what the cache and the weights are stored in.
+        prefill_chunk: tokens of a prefill piece.
+        density: share of the causal attention that prefill computes.
+        devices: what it runs on. mesh: size of the axes data, context and tensor.
+        weight_bytes, kv_bytes, activation_bytes: of one device; activations are those of one prefill piece.
+        memory_fraction: the share of a device's memory that JAX may use.
+        usable_bytes: of one device, that share of its memory.
+        prefill_linear_seconds, prefill_attention_seconds: floors for the whole prompt.
+        decode_seconds: floor for one token of every row, at the full context.
+        warnings: what to know before believing it. remedies: if it does not fit, what would, smallest change first.
+    """
+
+    context: int
+    batch: int
+    kv_dtype: str
+    weight_dtype: str
+    prefill_chunk: int
+    density: float
+    devices: DeviceSet
+    mesh: Mapping[str, int]
+    weight_bytes: int
+    kv_bytes: int
+    activation_bytes: int
+    memory_fraction: float
+    prefill_linear_seconds: float
+    prefill_attention_seconds: float
+    decode_seconds: float
+    warnings: tuple[str, ...] = ()
+    remedies: tuple[str, ...] = ()
+
+    @property
+    def total_bytes(self) -> int:
+        """Needed on one device."""
+        return self.weight_bytes + self.kv_bytes + self.activation_bytes
+
+    @property
+    def usable_bytes(self) -> int:
+        """Available on one device."""
+        return int(self.devices.kind.memory * self.memory_fraction)
+
+    @property
+    def fits(self) -> bool:
+        """Whether it does."""
+        return self.total_bytes <= self.usable_bytes
+
+    @property
+    def prefill_seconds(self) -> float:
+        """Floor for the whole prompt."""
+        return self.prefill_linear_seconds + self.prefill_attention_seconds
+
+    def check(self) -> None:
+        """Raises PlanError, with what would fit, if this does not."""
+        if not self.fits:
+            raise PlanError(
+                self.verdict + (f"; what would: {'; '.join(self.remedies)}" if self.remedies else "")
+            )
+
+    @property
+    def verdict(self) -> str:
+        """One sentence."""
+        share = (
+            ""
+            if self.memory_fraction == 1
+            else f" ({self.memory_fraction:.0%} of {_gb(self.devices.kind.memory)})"
+        )
+        return (
+            f"{'fits' if self.fits else 'does not fit'}: needs {_gb(self.total_bytes)} of "
+            f"{_gb(self.usable_bytes)}{share} on each of {self.devices.count} {self.devices.kind.name}"
+        )
+
+
+def plan(
+    config: ModelConfig,
+    context: int,
+    devices: str | DeviceSet,
+    *,
+    batch: int = 1,
+    kv_dtype: str | None = None,
+    weight_dtype: str | None = None,
+    prefill_chunk: int | None = None,
+    density: float = 1.0,
+    mesh: Mapping[str, int] | str | None = None,
+    memory_fraction: float | None = None,
+) -> Plan:
+    """Plans to run a model.
+
+    Args:
+        config: the model.
+        context: tokens of prompt and answer together.
+        devices: see `devices.parse_devices`.
+        batch: rows at once.
+        kv_dtype: "bfloat16", "float16", "float32", or 8 bits with float32 scales: "int8", "fp8". None: as the weights
+            are computed with.
+        weight_dtype: the same names; 8 bits hold the layers' matrices, the rest stays in the config's dtype. None:
+            the config's.
+        prefill_chunk: tokens of a prefill piece, default `prefill.default_chunk`.
+        density: share of the causal attention that a sparse prefill computes, in (0, 1].
+        mesh: sizes of data, context and tensor, as a mapping or "context=2,tensor=4". None: the widest tensor axis
+            that divides the model, context for the rest.
+        memory_fraction: share of a GPU's memory for JAX; None: what the environment says, else JAX's default of 75%.
+
+    Raises:
+        PlanError: a value outside its range, or a mesh that does not suit the devices or the model. A plan that does
+            not fit is no error here: see `Plan.check`.
+        DeviceError: devices that are not understood.
+    """
+    chosen = parse_devices(devices) if isinstance(devices, str) else devices
+    kv_dtype = kv_dtype or config.dtype
+    weight_dtype = weight_dtype or config.dtype
+    prefill_chunk = default_chunk(config) if prefill_chunk is None else prefill_chunk
+    _check_counts(context=context, batch=batch, prefill_chunk=prefill_chunk)
+    for name, dtype in (("kv_dtype", kv_dtype), ("weight_dtype", weight_dtype)):
+        if dtype not in DTYPE_BYTES:
+            raise PlanError(f"{name} {dtype!r} is not one of {', '.join(DTYPE_BYTES)}")
+    if not 0 < density <= 1:
+        raise PlanError(f"density must be above 0 and at most 1, got {density}")
+    if memory_fraction is None:
+        memory_fraction = client_memory_fraction(chosen.kind)
+    if not 0 < memory_fraction <= 1:
+        raise PlanError(f"memory_fraction must be above 0 and at most 1, got {memory_fraction}")
+    wish = _Wish(
+        config=config,
+        context=context,
+        devices=chosen,
+        batch=batch,
+        kv_dtype=kv_dtype,
+        weight_dtype=weight_dtype,
+        chunk=min(prefill_chunk, context),
+        density=float(density),
+        mesh=_mesh(config, chosen, mesh),
+        fraction=memory_fraction,
+    )
+    made = wish.plan()
+    return made if made.fits else dataclasses.replace(made, remedies=_remedies(wish))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Wish:
+    """Everything a plan follows from, checked; remedies are found by changing one thing and planning again."""
+
+    config: ModelConfig
+    context: int
+    devices: DeviceSet
+    batch: int
+    kv_dtype: str
+    weight_dtype: str
+    chunk: int
+    density: float
+    mesh: dict[str, int]
+    fraction: float
+
+    def plan(self) -> Plan:
+        linear, attention = self.prefill_seconds()
+        return Plan(
+            context=self.context,
+            batch=self.batch,
+            kv_dtype=self.kv_dtype,
+            weight_dtype=self.weight_dtype,
+            prefill_chunk=self.chunk,
+            density=self.density,
+            devices=self.devices,
+            mesh=self.mesh,
+            weight_bytes=sum(map(self.bytes_of, params(self.config))),
+            kv_bytes=self.kv_bytes(),
+            activation_bytes=self.activation_bytes(),
+            memory_fraction=self.fraction,
+            prefill_linear_seconds=linear,
+            prefill_attention_seconds=attention,
+            decode_seconds=self.decode_seconds(),
+            warnings=self.warnings(),
+        )
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch on one device."""
+        return -(-self.batch // self.mesh[DATA])
+
+    def is_layer_matrix(self, param: Param) -> bool:
+        """Whether it is what the layers multiply with: not a bias, a norm, the embedding or the output head."""
+        return param.stacked and len(param.hf_shape(self.config)) == 2
+
+    def bytes_of(self, param: Param) -> int:
+        """Bytes of one parameter on one device, all layers."""
+        shape = param.shape(self.config)
+        split = self.mesh[TENSOR] if ShardingRules().tensor_axis(param.letters) is not None else 1
+        copies = self.config.num_layers if param.stacked else 1
+        # 8 bits are for the layers' matrices, whose outputs have a scale each.
+        dtype = (
+            self.weight_dtype
+            if self.is_layer_matrix(param) or DTYPE_BYTES[self.weight_dtype] > 1
+            else self.config.dtype
+        )
+        bytes_ = math.prod(shape) * DTYPE_BYTES[dtype]
+        if DTYPE_BYTES[dtype] == 1:
+            bytes_ += param.hf_shape(self.config)[0] * _SCALE_BYTES
+        return copies * bytes_ // split
+
+    def kv_bytes(self) -> int:
+        """K and V of every layer: this device's heads and its share of the positions."""
+        c = self.config
+        head = c.head_dim * DTYPE_BYTES[self.kv_dtype] + (
+            _SCALE_BYTES if DTYPE_BYTES[self.kv_dtype] == 1 else 0
+        )
+        positions = -(-self.context // self.mesh[CONTEXT])
+        return 2 * c.num_layers * c.num_kv_heads // self.mesh[TENSOR] * head * positions * self.rows
+
+    def activation_bytes(self) -> int:
+        """The most that is alive at once while a prefill piece passes one layer.
+
+        The residual stream and its normed copy are always there; beside them either attention (q, k, v, three
+        rotations of q, output and its log-sum-exp) or the MLP (gate, up, product). Attention holds the queries of the
+        whole piece on every device of the context axis, the rest only its share of them. Then the last logits.
+        """
+        c, tensor = self.config, self.mesh[TENSOR]
+        element = 4 if c.dtype == "float32" else 2
+        piece = self.chunk * self.rows
+        share = -(-self.chunk // self.mesh[CONTEXT]) * self.rows
+        residual = 2 * share * c.hidden_size * element
+        projected = share * (c.num_heads + 2 * c.num_kv_heads) // tensor * c.head_dim * element
+        rotations = 3 if c.dual_chunk else 1
+        heads = c.num_heads // tensor
+        attended = piece * heads * (c.head_dim * element * (rotations + 1) + 4)
+        mlp = 3 * share * c.intermediate_size // tensor * element
+        logits = 4 * self.rows * c.vocab_size // tensor
+        return residual + max(projected + attended, mlp) + logits
+
+    def prefill_seconds(self) -> tuple[float, float]:
+        """Floors of the linear layers and of causal attention, for all rows of one device."""
+        c, kind = self.config, self.devices.kind
+        shared = self.mesh[CONTEXT] * self.mesh[TENSOR]
+        matrices = c.num_layers * sum(math.prod(p.shape(c)) for p in params(c) if self.is_layer_matrix(p))
+        linear = 2 * (matrices * self.context + c.vocab_size * c.hidden_size)
+        pairs = self.context * (self.context + 1) / 2 * self.density
+        attention = 4 * pairs * c.num_heads * c.head_dim * c.num_layers
+        return (
+            self.rows * linear / (shared * kind.flops),
+            self.rows * attention / (shared * kind.attention_flops(c.head_dim)),
+        )
+
+    def decode_seconds(self) -> float:
+        """Every weight that a token passes and the whole cache, read once. An untied embedding gives one row only."""
+        c = self.config
+        read = sum(self.bytes_of(p) for p in params(c) if p.path != "embed.weight" or c.tie_embeddings)
+        return (read + self.kv_bytes()) / self.devices.kind.bandwidth
+
+    def warnings(self) -> tuple[str, ...]:
+        c, found = self.config, []
+        if self.context > c.max_position_embeddings:
+            found.append(
+                f"the context is longer than the {c.max_position_embeddings:,} positions the model is made for"
+            )
+        if self.mesh[DATA] > self.batch:
+            found.append(f"data={self.mesh[DATA]} is more than the {self.batch} rows: devices stay idle")
+        return tuple(found)
+
+
+def _mesh(config: ModelConfig, devices: DeviceSet, wanted: Mapping[str, int] | str | None) -> dict[str, int]:
+    widest = widest_tensor(config)
+    best = math.gcd(devices.count, widest)
+    works = {DATA: 1, CONTEXT: devices.count // best, TENSOR: best}
+    if wanted is None:
+        return works
+    sizes = dict.fromkeys(AXES, 1) | (_parse_mesh(wanted) if isinstance(wanted, str) else dict(wanted))
+    text, hint = _mesh_text(sizes), f"{_mesh_text(works)} works"
+    for axis, size in sizes.items():
+        if axis not in AXES:
+            raise PlanError(f"mesh axis {axis!r} is not one of {', '.join(AXES)}")
+        if not isinstance(size, int) or size < 1:
+            raise PlanError(f"mesh axis {axis} must be a positive integer, got {size!r}")
+    if math.prod(sizes.values()) != devices.count:
+        raise PlanError(f"mesh {text} does not use the {devices.count} devices of {devices.text}; {hint}")
+    if widest % sizes[TENSOR]:
+        raise PlanError(
+            f"mesh {text}: tensor={sizes[TENSOR]} does not divide {config.num_heads} query heads, "
+            f"{config.num_kv_heads} KV heads, the MLP and the vocabulary; {hint}"
+        )
+    return sizes
+
+
+def _mesh_text(mesh: Mapping[str, int]) -> str:
+    return ",".join(f"{axis}={size}" for axis, size in mesh.items() if size != 1) or "tensor=1"
+
+
+def _parse_mesh(text: str) -> dict[str, int]:
+    try:
+        pairs = [part.split("=") for part in text.split(",")]
+        return {axis.strip(): int(size) for axis, size in pairs}
+    except ValueError:
+        raise PlanError(f"mesh {text!r} is not understood; write it as context=2,tensor=4") from None
+
+
+def _check_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        if not isinstance(value, int) or value < 1:
+            raise PlanError(f"{name} must be a positive integer, got {value!r}")
+
+
+def _remedies(wish: _Wish) -> tuple[str, ...]:
+    """What would fit, smallest change first: settings, then more devices, then a shorter context."""
+    more_memory: dict[str, Any] = {}
+    if wish.devices.kind.is_gpu and wish.fraction < _MOST_FRACTION:
+        more_memory["fraction"] = _MOST_FRACTION
+    small_chunk: dict[str, Any] = {"chunk": _SMALL_CHUNK} if wish.chunk > _SMALL_CHUNK else {}
+    small_cache: dict[str, Any] = {"kv_dtype": "int8"} if DTYPE_BYTES[wish.kv_dtype] > 1 else {}
+    settings = [more_memory, small_chunk, small_cache]
+    settings += [
+        more_memory | small_chunk,
+        more_memory | small_cache,
+        more_memory | small_cache | small_chunk,
+    ]
+    found: list[str] = []
+    for change in settings:
+        if change and dataclasses.replace(wish, **change).plan().fits:
+            found.append(_in_words(change))
+            break
+    found += [text for text in (_more_devices(wish), _shorter(wish)) if text]
+    return tuple(found)
+
+
+def _in_words(change: Mapping[str, Any]) -> str:
+    words = {
+        "fraction": f"{FRACTION_VARIABLES[0]}={_MOST_FRACTION} in the environment",
+        "chunk": f"a prefill chunk of {_SMALL_CHUNK:,}",
+        "kv_dtype": "an 8-bit cache",
+    }
+    return " with ".join(words[name] for name in sorted(change, key=list(words).index, reverse=True))
+
+
+def _more_devices(wish: _Wish) -> str | None:
+    kind, count = wish.devices.kind, 2 * wish.devices.count
+    while count <= _MOST_DEVICES:
+        devices = DeviceSet(kind, count, f"{kind.name}:{count}")
+        mesh = _mesh(wish.config, devices, None)
+        if dataclasses.replace(wish, devices=devices, mesh=mesh).plan().fits:
+            chips = "" if kind.per_chip == 1 else f" ({count // kind.per_chip} chips)"
+            return f"{count} {kind.name} devices{chips}, {_mesh_text(mesh)}"
+        count *= 2
+    return None
+
+
+def _shorter(wish: _Wish) -> str | None:
+    """The longest context that fits, by bisection: bytes grow with it."""
+    fits, fails = 0, wish.context
+    while fails - fits > 1:
+        middle = (fits + fails) // 2
+        changed = dataclasses.replace(wish, context=middle, chunk=min(wish.chunk, middle))
+        fits, fails = (middle, fails) if changed.plan().fits else (fits, middle)
+    tokens = fits // 1000 * 1000 or fits
+    return f"a context of {tokens:,} tokens" if tokens else None
+
+
+def render(made: Plan) -> RenderableType:
+    """The plan as a table for a terminal."""
+    kind = made.devices.kind
+    rows = f"{made.batch} x " if made.batch > 1 else ""
+    sparse = "" if made.density == 1 else f" at {made.density:.0%} density"
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+    table.add_row(
+        "devices", str(made.devices.count), f"{kind.name} ({kind.source} figures), {_mesh_text(made.mesh)}"
+    )
+    table.add_row("context", f"{rows}{made.context:,}", "tokens")
+    table.add_row("weights", _gb(made.weight_bytes), f"{made.weight_dtype}, per device")
+    table.add_row("KV cache", _gb(made.kv_bytes), f"{made.kv_dtype}, per device")
+    table.add_row(
+        "activations", _gb(made.activation_bytes), f"one prefill chunk of {made.prefill_chunk:,} tokens"
+    )
+    table.add_row("total", _gb(made.total_bytes), f"of {_gb(made.usable_bytes)} usable")
+    table.add_row(
+        "prefill",
+        f">= {_seconds(made.prefill_seconds)}",
+        f"{_seconds(made.prefill_linear_seconds)} linear + {_seconds(made.prefill_attention_seconds)} attention{sparse}",
+    )
+    table.add_row(
+        "per token",
+        f">= {_seconds(made.decode_seconds)}",
+        "at the full context, reading weights and cache once",
+    )
+    lines = [Text(f"note: {warning}", style="yellow") for warning in made.warnings]
+    lines.append(Text(made.verdict, style="bold green" if made.fits else "bold red"))
+    lines += [Text(f"  would fit: {remedy}") for remedy in made.remedies]
+    return Group(table, *lines)
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 0.1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _seconds(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds >= 100
+        else f"{seconds:.1f} s"
+        if seconds >= 1
+        else f"{seconds * 1e3:.1f} ms"
+    )
