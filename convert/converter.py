@@ -14,13 +14,16 @@ import numpy as np
 from qwen_jax.convert.hf_folder import INDEX_FILE, SINGLE_FILE, HfFolder, plan_shards
 from qwen_jax.convert.orbax_folder import PARAMS, OrbaxFolder, OrbaxWriter
 from qwen_jax.convert.safetensors_io import SafetensorsWriter
-from qwen_jax.convert.source import Progress, TensorSource, tensors
+from qwen_jax.convert.source import Progress, TensorSource, in_groups, leaf_name, tensors
 from qwen_jax.convert.staging import staged
 from qwen_jax.errors import CheckpointError
 from qwen_jax.params import Param
 
 CONFIG = "config.json"
 MAX_SHARD_BYTES = 5 * 10**9
+# Leaves are handed to orbax in groups: a call a leaf would be slow, and a group as large as the largest tensor
+# would need, with orbax's own copy, all the memory there is for that tensor.
+_GROUPS_PER_LARGEST = 4
 
 
 def open_checkpoint(folder: str | Path) -> TensorSource:
@@ -81,10 +84,12 @@ def convert(
 
 
 def _write_orbax(source: TensorSource, out: Path, progress: Progress | None) -> None:
-    sizes = [math.prod(p.shape(source.config)) * source.dtype.itemsize for p, _ in tensors(source.config)]
-    writer = OrbaxWriter(out, source.config, source.dtype, batch_bytes=max(sizes))
-    for param, layer, array in _streamed(source, progress):
-        writer.write(param, layer, array)
+    config, itemsize = source.config, source.dtype.itemsize
+    sizes = {leaf_name(p, n): math.prod(p.shape(config)) * itemsize for p, n in tensors(config)}
+    stream = _streamed(source, progress)
+    writer = OrbaxWriter(out, config, source.dtype)
+    for names in in_groups(sizes, max(sizes.values()) // _GROUPS_PER_LARGEST):
+        writer.write({name: next(stream)[2] for name in names})
     writer.finish()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from qwen_jax.config import ModelConfig, read_json
 from qwen_jax.convert.safetensors_io import TAGS, TensorInfo, read_box, read_header
-from qwen_jax.convert.source import Box, TensorSource, report, summarise, tensors
+from qwen_jax.convert.source import Box, TensorSource, in_groups, report, summarise, tensors
 from qwen_jax.errors import CheckpointError
 from qwen_jax.params import Param
 
@@ -206,14 +205,7 @@ def plan_shards(sizes: dict[str, int], max_shard_bytes: int) -> dict[str, list[s
     Returns:
         Tensor names by file name: model.safetensors alone, or model-00001-of-00004.safetensors and so on.
     """
-    groups: list[list[str]] = []
-    room = -math.inf
-    for name, size in sizes.items():
-        if size > room:
-            groups.append([])
-            room = max_shard_bytes
-        groups[-1].append(name)
-        room -= size
+    groups = in_groups(sizes, max_shard_bytes)
     if len(groups) == 1:
         return {SINGLE_FILE: groups[0]}
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": g for i, g in enumerate(groups, start=1)}

@@ -164,35 +164,25 @@ def _first_line(error: Exception) -> str:
 
 
 class OrbaxWriter:
-    """Writes params/ of a converted folder in batches of leaves; it exists only once `finish` has returned.
+    """Writes params/ of a converted folder, some leaves at a time; it exists only once `finish` has returned.
 
     Args:
         folder: the converted folder in the making.
-        batch_bytes: leaves are gathered up to this size before they are handed to orbax: each hand-over costs
-            a pass over the metadata, and what is gathered is memory.
+        config: of the model.
+        dtype: of the leaves.
     """
 
-    def __init__(self, folder: Path, config: ModelConfig, dtype: np.dtype, batch_bytes: int) -> None:
+    def __init__(self, folder: Path, config: ModelConfig, dtype: np.dtype) -> None:
         self._path = folder / PARAMS
-        self._config, self._dtype, self._batch_bytes = config, dtype, batch_bytes
-        self._batch: dict[str, np.ndarray] = {}
-        self._axes = {leaf_name(p, layer): split_axis(p) for p, layer in tensors(config)}
+        self._shapes = {leaf_name(p, n): stored_shape(p, config, dtype.itemsize) for p, n in tensors(config)}
+        self._axes = {leaf_name(p, n): split_axis(p) for p, n in tensors(config)}
 
-    def write(self, param: Param, layer: int | None, array: np.ndarray) -> None:
-        """Adds one leaf, given in the model's shape. Raises OSError when the disk is full."""
-        if self._batch and sum(a.nbytes for a in self._batch.values()) + array.nbytes > self._batch_bytes:
-            self._flush()
-        shape = stored_shape(param, self._config, self._dtype.itemsize)
-        self._batch[leaf_name(param, layer)] = array.reshape(shape)
+    def write(self, leaves: Mapping[str, np.ndarray]) -> None:
+        """Adds leaves by `leaf_name`, in the model's shape. Each call costs orbax a pass over the metadata.
 
-    def finish(self) -> None:
-        """Writes what is left and makes the checkpoint whole."""
-        import orbax.checkpoint.experimental.v1 as ocp
-
-        self._flush()
-        ocp.partial.finalize(self._path)
-
-    def _flush(self) -> None:
+        Raises:
+            OSError, ValueError: the disk is full, or cannot be written.
+        """
         import orbax.checkpoint.experimental.v1 as ocp
 
         storage = ocp.options.ArrayOptions.Saving.StorageOptions
@@ -204,9 +194,17 @@ class OrbaxWriter:
         context = ocp.Context()
         context.array.saving.use_zarr3 = False
         context.array.saving.use_compression = (
-            False  # bfloat16 weights hardly shrink, and loading is what counts
+            False  # bfloat16 weights hardly shrink; loading them is what counts
         )
         context.array.saving.scoped_storage_options_creator = one_chunk_a_piece
+        context.memory.deepcopy_host_arrays = False  # nobody changes them before `save` returns
         with context:
-            ocp.partial.save(self._path, self._batch)
-        self._batch = {}
+            ocp.partial.save(
+                self._path, {name: leaf.reshape(self._shapes[name]) for name, leaf in leaves.items()}
+            )
+
+    def finish(self) -> None:
+        """Makes the checkpoint whole."""
+        import orbax.checkpoint.experimental.v1 as ocp
+
+        ocp.partial.finalize(self._path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -115,6 +115,24 @@ def tensors(config: ModelConfig) -> Iterator[tuple[Param, int | None]]:
 def leaf_name(param: Param, layer: int | None) -> str:
     """The name in a converted folder: "layers.attn.q.weight" of layer 3 is "layers.3.attn.q.weight"."""
     return param.path if layer is None else param.path.replace(LAYERS, f"{LAYERS}.{layer}", 1)
+
+
+def in_groups(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Cuts names into consecutive groups of at most `limit` bytes; a larger one gets a group of its own.
+
+    Args:
+        sizes: bytes by name, in the order to keep.
+        limit: most bytes in a group.
+    """
+    groups: list[list[str]] = []
+    room = -1
+    for name, size in sizes.items():
+        if size > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(name)
+        room -= size
+    return groups
 
 
 def magnitude(array: np.ndarray) -> int:
