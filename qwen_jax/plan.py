@@ -1,7 +1,6 @@
 """Will it fit, and how long can it take at best: arithmetic on shapes, before anything is allocated.
 
-Seconds are floors: every FLOP at the device's best rate, every byte at its best bandwidth, communication and launches
-free. Bytes are of the busiest device.
+`footprint` has the formulas; here a mesh is chosen, the verdict given, and what would fit found by trying.
 """
 
 from __future__ import annotations
@@ -18,12 +17,10 @@ from rich.text import Text
 from qwen_jax.config import ModelConfig
 from qwen_jax.devices import FRACTION_VARIABLES, DeviceSet, client_memory_fraction, parse_devices
 from qwen_jax.errors import QwenJaxError
-from qwen_jax.params import Param, params
+from qwen_jax.footprint import DTYPE_BYTES, Footprint
 from qwen_jax.prefill import default_chunk
-from qwen_jax.sharding import AXES, CONTEXT, DATA, TENSOR, ShardingRules, widest_tensor
+from qwen_jax.sharding import AXES, CONTEXT, DATA, TENSOR, widest_tensor
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "fp8": 1}
-_SCALE_BYTES = 4  # float32, one per token and head of an 8-bit cache, one per output of an 8-bit matrix
 _MOST_FRACTION = 0.95  # of a GPU's memory: the rest is the driver's and the compiled programs'
 _SMALL_CHUNK = 4096
 _MOST_DEVICES = 4096
@@ -130,8 +127,8 @@ def plan(
         context: tokens of prompt and answer together.
         devices: see `devices.parse_devices`.
         batch: rows at once.
-        kv_dtype: "bfloat16", "float16", "float32", or 8 bits with float32 scales: "int8", "fp8". None: as the weights
-            are computed with.
+        kv_dtype: "bfloat16", "float16", "float32", or 8 bits with float32 scales: "int8", "fp8". None: that of
+            the weights, the config's when they have 8 bits.
         weight_dtype: the same names; 8 bits hold the layers' matrices, the rest stays in the config's dtype. None:
             the config's.
         prefill_chunk: tokens of a prefill piece, default `prefill.default_chunk`.
@@ -146,11 +143,11 @@ def plan(
         DeviceError: devices that are not understood.
     """
     chosen = parse_devices(devices) if isinstance(devices, str) else devices
-    kv_dtype = kv_dtype or config.dtype
     weight_dtype = weight_dtype or config.dtype
+    kv_dtype = kv_dtype or (config.dtype if DTYPE_BYTES.get(weight_dtype) == 1 else weight_dtype)
     prefill_chunk = default_chunk(config) if prefill_chunk is None else prefill_chunk
     _check_counts(context=context, batch=batch, prefill_chunk=prefill_chunk)
-    for name, dtype in (("kv_dtype", kv_dtype), ("weight_dtype", weight_dtype)):
+    for name, dtype in (("weight_dtype", weight_dtype), ("kv_dtype", kv_dtype)):
         if dtype not in DTYPE_BYTES:
             raise PlanError(f"{name} {dtype!r} is not one of {', '.join(DTYPE_BYTES)}")
     if not 0 < density <= 1:
@@ -159,7 +156,7 @@ def plan(
         memory_fraction = client_memory_fraction(chosen.kind)
     if not 0 < memory_fraction <= 1:
         raise PlanError(f"memory_fraction must be above 0 and at most 1, got {memory_fraction}")
-    wish = _Wish(
+    wish = Footprint(
         config=config,
         context=context,
         devices=chosen,
@@ -171,128 +168,40 @@ def plan(
         mesh=_mesh(config, chosen, mesh),
         fraction=memory_fraction,
     )
-    made = wish.plan()
+    made = _made(wish)
     return made if made.fits else dataclasses.replace(made, remedies=_remedies(wish))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Wish:
-    """Everything a plan follows from, checked; remedies are found by changing one thing and planning again."""
+def _made(f: Footprint) -> Plan:
+    linear, attention = f.prefill_seconds()
+    return Plan(
+        context=f.context,
+        batch=f.batch,
+        kv_dtype=f.kv_dtype,
+        weight_dtype=f.weight_dtype,
+        prefill_chunk=f.chunk,
+        density=f.density,
+        devices=f.devices,
+        mesh=f.mesh,
+        weight_bytes=f.weight_bytes(),
+        kv_bytes=f.kv_bytes(),
+        activation_bytes=f.activation_bytes(),
+        memory_fraction=f.fraction,
+        prefill_linear_seconds=linear,
+        prefill_attention_seconds=attention,
+        decode_seconds=f.decode_seconds(),
+        warnings=_warnings(f),
+    )
 
-    config: ModelConfig
-    context: int
-    devices: DeviceSet
-    batch: int
-    kv_dtype: str
-    weight_dtype: str
-    chunk: int
-    density: float
-    mesh: dict[str, int]
-    fraction: float
 
-    def plan(self) -> Plan:
-        linear, attention = self.prefill_seconds()
-        return Plan(
-            context=self.context,
-            batch=self.batch,
-            kv_dtype=self.kv_dtype,
-            weight_dtype=self.weight_dtype,
-            prefill_chunk=self.chunk,
-            density=self.density,
-            devices=self.devices,
-            mesh=self.mesh,
-            weight_bytes=sum(map(self.bytes_of, params(self.config))),
-            kv_bytes=self.kv_bytes(),
-            activation_bytes=self.activation_bytes(),
-            memory_fraction=self.fraction,
-            prefill_linear_seconds=linear,
-            prefill_attention_seconds=attention,
-            decode_seconds=self.decode_seconds(),
-            warnings=self.warnings(),
-        )
-
-    @property
-    def rows(self) -> int:
-        """Rows of the batch on one device."""
-        return -(-self.batch // self.mesh[DATA])
-
-    def is_layer_matrix(self, param: Param) -> bool:
-        """Whether it is what the layers multiply with: not a bias, a norm, the embedding or the output head."""
-        return param.stacked and len(param.hf_shape(self.config)) == 2
-
-    def bytes_of(self, param: Param) -> int:
-        """Bytes of one parameter on one device, all layers."""
-        shape = param.shape(self.config)
-        split = self.mesh[TENSOR] if ShardingRules().tensor_axis(param.letters) is not None else 1
-        copies = self.config.num_layers if param.stacked else 1
-        # 8 bits are for the layers' matrices, whose outputs have a scale each.
-        dtype = (
-            self.weight_dtype
-            if self.is_layer_matrix(param) or DTYPE_BYTES[self.weight_dtype] > 1
-            else self.config.dtype
-        )
-        bytes_ = math.prod(shape) * DTYPE_BYTES[dtype]
-        if DTYPE_BYTES[dtype] == 1:
-            bytes_ += param.hf_shape(self.config)[0] * _SCALE_BYTES
-        return copies * bytes_ // split
-
-    def kv_bytes(self) -> int:
-        """K and V of every layer: this device's heads and its share of the positions."""
-        c = self.config
-        head = c.head_dim * DTYPE_BYTES[self.kv_dtype] + (
-            _SCALE_BYTES if DTYPE_BYTES[self.kv_dtype] == 1 else 0
-        )
-        positions = -(-self.context // self.mesh[CONTEXT])
-        return 2 * c.num_layers * c.num_kv_heads // self.mesh[TENSOR] * head * positions * self.rows
-
-    def activation_bytes(self) -> int:
-        """The most that is alive at once while a prefill piece passes one layer.
-
-        The residual stream and its normed copy are always there; beside them either attention (q, k, v, three
-        rotations of q, output and its log-sum-exp) or the MLP (gate, up, product). Attention holds the queries of the
-        whole piece on every device of the context axis, the rest only its share of them. Then the last logits.
-        """
-        c, tensor = self.config, self.mesh[TENSOR]
-        element = 4 if c.dtype == "float32" else 2
-        piece = self.chunk * self.rows
-        share = -(-self.chunk // self.mesh[CONTEXT]) * self.rows
-        residual = 2 * share * c.hidden_size * element
-        projected = share * (c.num_heads + 2 * c.num_kv_heads) // tensor * c.head_dim * element
-        rotations = 3 if c.dual_chunk else 1
-        heads = c.num_heads // tensor
-        attended = piece * heads * (c.head_dim * element * (rotations + 1) + 4)
-        mlp = 3 * share * c.intermediate_size // tensor * element
-        logits = 4 * self.rows * c.vocab_size // tensor
-        return residual + max(projected + attended, mlp) + logits
-
-    def prefill_seconds(self) -> tuple[float, float]:
-        """Floors of the linear layers and of causal attention, for all rows of one device."""
-        c, kind = self.config, self.devices.kind
-        shared = self.mesh[CONTEXT] * self.mesh[TENSOR]
-        matrices = c.num_layers * sum(math.prod(p.shape(c)) for p in params(c) if self.is_layer_matrix(p))
-        linear = 2 * (matrices * self.context + c.vocab_size * c.hidden_size)
-        pairs = self.context * (self.context + 1) / 2 * self.density
-        attention = 4 * pairs * c.num_heads * c.head_dim * c.num_layers
-        return (
-            self.rows * linear / (shared * kind.flops),
-            self.rows * attention / (shared * kind.attention_flops(c.head_dim)),
-        )
-
-    def decode_seconds(self) -> float:
-        """Every weight that a token passes and the whole cache, read once. An untied embedding gives one row only."""
-        c = self.config
-        read = sum(self.bytes_of(p) for p in params(c) if p.path != "embed.weight" or c.tie_embeddings)
-        return (read + self.kv_bytes()) / self.devices.kind.bandwidth
-
-    def warnings(self) -> tuple[str, ...]:
-        c, found = self.config, []
-        if self.context > c.max_position_embeddings:
-            found.append(
-                f"the context is longer than the {c.max_position_embeddings:,} positions the model is made for"
-            )
-        if self.mesh[DATA] > self.batch:
-            found.append(f"data={self.mesh[DATA]} is more than the {self.batch} rows: devices stay idle")
-        return tuple(found)
+def _warnings(f: Footprint) -> tuple[str, ...]:
+    found = []
+    limit = f.config.max_position_embeddings
+    if f.context > limit:
+        found.append(f"the context is longer than the {limit:,} positions the model is made for")
+    if f.mesh[DATA] > f.batch:
+        found.append(f"data={f.mesh[DATA]} is more than the {f.batch} rows: devices stay idle")
+    return tuple(found)
 
 
 def _mesh(config: ModelConfig, devices: DeviceSet, wanted: Mapping[str, int] | str | None) -> dict[str, int]:
@@ -336,7 +245,7 @@ def _check_counts(**counts: int) -> None:
             raise PlanError(f"{name} must be a positive integer, got {value!r}")
 
 
-def _remedies(wish: _Wish) -> tuple[str, ...]:
+def _remedies(wish: Footprint) -> tuple[str, ...]:
     """What would fit, smallest change first: settings, then more devices, then a shorter context."""
     more_memory: dict[str, Any] = {}
     if wish.devices.kind.is_gpu and wish.fraction < _MOST_FRACTION:
@@ -351,7 +260,7 @@ def _remedies(wish: _Wish) -> tuple[str, ...]:
     ]
     found: list[str] = []
     for change in settings:
-        if change and dataclasses.replace(wish, **change).plan().fits:
+        if change and _made(dataclasses.replace(wish, **change)).fits:
             found.append(_in_words(change))
             break
     found += [text for text in (_more_devices(wish), _shorter(wish)) if text]
@@ -367,25 +276,25 @@ def _in_words(change: Mapping[str, Any]) -> str:
     return " with ".join(words[name] for name in sorted(change, key=list(words).index, reverse=True))
 
 
-def _more_devices(wish: _Wish) -> str | None:
+def _more_devices(wish: Footprint) -> str | None:
     kind, count = wish.devices.kind, 2 * wish.devices.count
     while count <= _MOST_DEVICES:
         devices = DeviceSet(kind, count, f"{kind.name}:{count}")
         mesh = _mesh(wish.config, devices, None)
-        if dataclasses.replace(wish, devices=devices, mesh=mesh).plan().fits:
+        if _made(dataclasses.replace(wish, devices=devices, mesh=mesh)).fits:
             chips = "" if kind.per_chip == 1 else f" ({count // kind.per_chip} chips)"
             return f"{count} {kind.name} devices{chips}, {_mesh_text(mesh)}"
         count *= 2
     return None
 
 
-def _shorter(wish: _Wish) -> str | None:
+def _shorter(wish: Footprint) -> str | None:
     """The longest context that fits, by bisection: bytes grow with it."""
     fits, fails = 0, wish.context
     while fails - fits > 1:
         middle = (fits + fails) // 2
         changed = dataclasses.replace(wish, context=middle, chunk=min(wish.chunk, middle))
-        fits, fails = (middle, fails) if changed.plan().fits else (fits, middle)
+        fits, fails = (middle, fails) if _made(changed).fits else (fits, middle)
     tokens = fits // 1000 * 1000 or fits
     return f"a context of {tokens:,} tokens" if tokens else None
 

@@ -158,6 +158,14 @@ def test_8_bit_weights_are_the_matrices_of_the_layers() -> None:
     assert made.decode_seconds < plan(B7, 4096, "h200:1").decode_seconds
 
 
+def test_float32_doubles_everything() -> None:
+    half, full = plan(B7, 4096, "h200:1"), plan(B7, 4096, "h200:1", weight_dtype="float32")
+    assert (full.weight_bytes, full.kv_bytes) == (2 * half.weight_bytes, 2 * half.kv_bytes)
+    assert full.activation_bytes == pytest.approx(2 * half.activation_bytes, rel=0.01)
+    assert full.decode_seconds == 2 * half.decode_seconds
+    assert plan(B7, 4096, "h200:1", weight_dtype="int8").kv_dtype == "bfloat16"
+
+
 def test_a_tied_embedding_is_read_as_the_head() -> None:
     tied, untied = B05, dataclasses.replace(B05, tie_embeddings=False)
     assert plan(tied, 1, "h200:1").decode_seconds == plan(untied, 1, "h200:1").decode_seconds
