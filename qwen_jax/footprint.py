@@ -85,6 +85,7 @@ class Footprint:
         The residual stream and its normed copy are always there; beside them either attention (q, k, v, three
         rotations of q, output and its log-sum-exp) or the MLP (gate, up, product). Attention holds the queries of the
         whole piece on every device of the context axis, the rest only its share of them. Then the last logits.
+        A test holds this against a compiled program; what kernels keep for themselves comes on top.
         """
         c, tensor, element = self.config, self.mesh[TENSOR], self.element
         piece = self.chunk * self.rows

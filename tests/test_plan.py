@@ -8,13 +8,16 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from rich.console import Console
 
 from qwen_jax.cache import abstract_cache
 from qwen_jax.config import DualChunk, ModelConfig
 from qwen_jax.devices import KINDS, DeviceError, client_memory_fraction, parse_devices
+from qwen_jax.model import Qwen2
 from qwen_jax.params import num_params
 from qwen_jax.plan import Plan, PlanError, plan, render
+from qwen_jax.prefill import _prefill_piece
 
 M1 = DualChunk(262_144, 8_192, 262_144)
 
@@ -187,6 +190,20 @@ def test_activations_of_one_chunk() -> None:
     tall = plan(config(3584, 3584, 28, 4, 28), 1_010_000, "h200:1", prefill_chunk=31_744)
     attention = 31_744 * ((28 + 8) * 128 * 2 + 28 * (4 * 128 * 2 + 4))
     assert tall.activation_bytes == attention + residual + 4 * 152_064
+
+
+def test_activations_are_what_the_compiled_program_asks_for() -> None:
+    # Two layers in float32: XLA's CPU compiler computes bf16 in float32, which would count other bytes.
+    model = dataclasses.replace(B7, num_layers=2, dtype="float32")
+    T, capacity = 31_744, 65_536
+    graph, state = nnx.split(nnx.eval_shape(lambda: Qwen2(model, rngs=nnx.Rngs(0))))
+    cache = abstract_cache(model, 1, capacity, jnp.dtype("float32"))
+    int_, int_B = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    tokens_BT = jax.ShapeDtypeStruct((1, T), jnp.int32)
+    last_BD = jax.ShapeDtypeStruct((1, model.hidden_size), jnp.float32)
+    compiled = _prefill_piece.lower(graph, state, tokens_BT, int_, int_B, cache, last_BD).compile()
+    asked = compiled.memory_analysis().temp_size_in_bytes
+    assert plan(model, capacity, "h200:1", prefill_chunk=T).activation_bytes == pytest.approx(asked, rel=0.1)
 
 
 def test_splitting_divides_the_work() -> None:
