@@ -24,6 +24,7 @@ MAX_SHARD_BYTES = 5 * 10**9
 # Leaves are handed to orbax in groups: a call a leaf would be slow, and a group as large as the largest tensor
 # would need, with orbax's own copy, all the memory there is for that tensor.
 _GROUPS_PER_LARGEST = 4
+_LEAST_GROUP_BYTES = 64 << 20
 
 
 def open_checkpoint(folder: str | Path) -> TensorSource:
@@ -88,7 +89,8 @@ def _write_orbax(source: TensorSource, out: Path, progress: Progress | None) -> 
     sizes = {leaf_name(p, n): math.prod(p.shape(config)) * itemsize for p, n in tensors(config)}
     stream = _streamed(source, progress)
     writer = OrbaxWriter(out, config, source.dtype)
-    for names in in_groups(sizes, max(sizes.values()) // _GROUPS_PER_LARGEST):
+    limit = max(max(sizes.values()) // _GROUPS_PER_LARGEST, _LEAST_GROUP_BYTES)
+    for names in in_groups(sizes, limit):
         writer.write({name: next(stream)[2] for name in names})
     writer.finish()
 
