@@ -7,6 +7,7 @@ its own, so a row of a batch gets the tokens it would get alone.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -230,7 +231,7 @@ def sample(
         drawn_B = jax.vmap(jax.random.categorical)(keys_B, _filtered(penalised_BV, controls))
         return jnp.where(controls.greedy, best_B, drawn_B.astype(jnp.int32))
 
-    # Sorting 152k logits costs more than the rest of the step together: not when every row is greedy.
+    # Filters and random bits cost far more than the argmax: none of them when every row is greedy.
     return lax.cond(controls.greedy.all(), lambda: best_B, draw)
 
 
@@ -256,23 +257,38 @@ def _filtered(logits_BV: jax.Array, controls: SamplingControls) -> jax.Array:
     vocab_size = logits_BV.shape[-1]
     top_k_B = jnp.where(controls.top_k > 0, jnp.minimum(controls.top_k, vocab_size), vocab_size)
     narrow_B = ((top_k_B < vocab_size) | (controls.top_p < 1)) & ~controls.greedy
-
-    def least() -> jax.Array:
-        return jnp.where(narrow_B, _least_allowed(scaled_BV, top_k_B, controls.top_p), -jnp.inf)
-
-    least_B = lax.cond(narrow_B.any(), least, lambda: jnp.full(len(scaled_BV), -jnp.inf))
-    return jnp.where(scaled_BV >= least_B[:, None], scaled_BV, -jnp.inf)
+    narrowed = functools.partial(_narrowed, scaled_BV, top_k_B, controls.top_p)
+    return lax.cond(
+        narrow_B.any(), lambda: jnp.where(narrow_B[:, None], narrowed(), scaled_BV), lambda: scaled_BV
+    )
 
 
-def _least_allowed(logits_BV: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array) -> jax.Array:
-    """The smallest logit that top-k and then top-p let through, from one sort of the values: float32[B]."""
-    down_BV = -jnp.sort(-logits_BV, axis=-1)
-    kth_B1 = jnp.take_along_axis(down_BV, top_k_B[:, None] - 1, axis=-1)
-    probability_BV = jax.nn.softmax(jnp.where(down_BV >= kth_B1, down_BV, -jnp.inf), axis=-1)
-    before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
-    # A rounded sum may reach 1 before the last token does; top_p = 1 lets everything through that top-k did.
-    kept_BV = (down_BV >= kth_B1) & ((before_BV < top_p_B[:, None]) | (top_p_B[:, None] >= 1))
-    return jnp.where(kept_BV, down_BV, jnp.inf).min(-1)
+def _narrowed(scaled_BV: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array) -> jax.Array:
+    """-inf for what top-k, and then top-p among the rest, leave out of logits whose best is 0."""
+    # The bits of floats from 0 up are ordered like the floats: a threshold is found by bisection on integers.
+    depth_BV = lax.bitcast_convert_type(jnp.abs(scaled_BV), jnp.int32)
+    kth_B = _depth_reaching(depth_BV, jnp.ones_like(scaled_BV), top_k_B.astype(jnp.float32))
+    weight_BV = jnp.where(depth_BV <= kth_B[:, None], jnp.exp(scaled_BV), 0.0)
+    last_B = _depth_reaching(depth_BV, weight_BV, top_p_B * weight_BV.sum(-1))
+    # Rounding must not cost the tail when top-p is off.
+    last_B = jnp.where(top_p_B < 1, jnp.minimum(kth_B, last_B), kth_B)
+    return jnp.where(depth_BV <= last_B[:, None], scaled_BV, -jnp.inf)
+
+
+def _depth_reaching(depth_BV: jax.Array, weight_BV: jax.Array, target_B: jax.Array) -> jax.Array:
+    """The least depth down to which the weights add up to the target: int32[B], the depth of -inf if they never do.
+
+    31 passes over the row, which on a CPU is several times faster than one sort of it.
+    """
+
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low_B, high_B = bounds
+        middle_B = low_B + (high_B - low_B) // 2
+        reached_B = jnp.where(depth_BV <= middle_B[:, None], weight_BV, 0.0).sum(-1) >= target_B
+        return jnp.where(reached_B, low_B, middle_B + 1), jnp.where(reached_B, middle_B, high_B)
+
+    deepest = jnp.full(len(depth_BV), np.float32(np.inf).view(np.int32))
+    return lax.fori_loop(0, 31, halve, (jnp.zeros_like(deepest), deepest))[1]
 
 
 # Limits of a normal float32: the device computes in it.
