@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from qwen_jax.errors import CheckpointError
 
 # Weights as safetensors, configs, and every form a tokenizer comes in; never pickles.
-_WANTED = ["*.safetensors", "*.json", "merges.txt", "vocab.txt", "*.tiktoken", "*.model", "*.jinja"]
+_WANTED = ("*.safetensors", "*.json", "merges.txt", "vocab.txt", "*.tiktoken", "*.model", "*.jinja")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def resolve(path_or_hub_id: str | Path) -> Path:
+def resolve(path_or_hub_id: str | Path, wanted: Sequence[str] = _WANTED) -> Path:
     """The folder of a checkpoint; it is downloaded first if given as a hub id ("Qwen/Qwen2.5-0.5B-Instruct").
 
     A download that was interrupted resumes when called again; no folder is returned before it is complete.
+
+    Args:
+        path_or_hub_id: as said.
+        wanted: patterns of the files to download; the default is all that a model needs.
 
     Raises:
         CheckpointError: no such folder, or the hub does not give the repository.
@@ -31,15 +36,15 @@ def resolve(path_or_hub_id: str | Path) -> Path:
         raise CheckpointError(
             f"{text}: no such folder ({path.parent} exists, so this is not taken for a hub id)"
         )
-    return _download(text)
+    return _download(text, wanted)
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, wanted: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download  # slow to import, and local folders do without
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=_WANTED))
+        return Path(snapshot_download(hub_id, allow_patterns=list(wanted)))
     except GatedRepoError:
         raise CheckpointError(f"{hub_id}: the hub asks you to accept its terms, and for HF_TOKEN") from None
     except RepositoryNotFoundError:

@@ -1,0 +1,140 @@
+"""The options that say which model is loaded and how; `generate` and `chat` share them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qwen_jax.cli import options
+
+if TYPE_CHECKING:
+    from qwen_jax.llm import LLM
+    from qwen_jax.sampling import SamplingParams
+
+_MODEL, _SAMPLING = "Model", "Sampling (what is left out comes from generation_config.json)"
+
+Path = Annotated[
+    str, typer.Argument(metavar="PATH", help="A Hugging Face folder, a converted folder or a hub id.")
+]
+MaxLen = Annotated[
+    int | None,
+    typer.Option(
+        help="Most tokens of prompt and answer together.", rich_help_panel=_MODEL, show_default="the model's"
+    ),
+]
+PrefillChunk = Annotated[int | None, typer.Option(help="Tokens of a prefill piece.", rich_help_panel=_MODEL)]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="bfloat16, float16 or float32.", rich_help_panel=_MODEL, show_default="the checkpoint's"
+    ),
+]
+KvDtype = Annotated[
+    str | None,
+    typer.Option(help="Of the cache.", rich_help_panel=_MODEL, show_default="that of the weights"),
+]
+WeightDtype = Annotated[str | None, typer.Option(help="Quantised weights.", rich_help_panel=_MODEL)]
+Sparsity = Annotated[str | None, typer.Option(help="Sparse prefill.", rich_help_panel=_MODEL)]
+Dca = Annotated[
+    str | None,
+    typer.Option(
+        metavar="c,w[,L0]|none",
+        help="Dual chunk attention to use instead of the config's: chunk size, local size and, for the length "
+        "temperature, original positions.",
+        rich_help_panel=_MODEL,
+    ),
+]
+Mesh = Annotated[
+    str | None,
+    typer.Option(
+        metavar="AXIS=N,...",
+        help="Spread the model over devices: context=2,tensor=4.",
+        rich_help_panel=_MODEL,
+        show_default="one device",
+    ),
+]
+
+MaxNewTokens = Annotated[int | None, typer.Option(help="Most tokens to answer.", rich_help_panel=_SAMPLING)]
+Greedy = Annotated[
+    bool | None,
+    typer.Option("--greedy", help="Always the likeliest token.", rich_help_panel=_SAMPLING),
+]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy.", rich_help_panel=_SAMPLING)]
+TopK = Annotated[int | None, typer.Option(help="0 is all.", rich_help_panel=_SAMPLING)]
+TopP = Annotated[float | None, typer.Option(help="In (0, 1].", rich_help_panel=_SAMPLING)]
+RepetitionPenalty = Annotated[
+    float | None, typer.Option(help="Above 1: less repetition.", rich_help_panel=_SAMPLING)
+]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same answer.", rich_help_panel=_SAMPLING)]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TEXT", help="Text that ends the answer; may be repeated.", rich_help_panel=_SAMPLING
+    ),
+]
+IgnoreEos = Annotated[
+    bool, typer.Option("--ignore-eos", help="Go on past the end token.", rich_help_panel=_SAMPLING)
+]
+
+
+def load(
+    path: str,
+    *,
+    max_len: int | None,
+    prefill_chunk: int | None,
+    dtype: str | None,
+    kv_dtype: str | None,
+    weight_dtype: str | None,
+    sparsity: str | None,
+    dca: str | None,
+    mesh: str | None,
+) -> LLM:
+    """The model as the options ask for it, with progress bars on a terminal."""
+    dual_chunk = options.dual_chunk(dca)
+    options.check_dtype(dtype)
+
+    from qwen_jax.llm import LLM
+
+    return LLM(
+        path,
+        max_len=max_len,
+        prefill_chunk=prefill_chunk,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        weight_dtype=weight_dtype,
+        sparsity=sparsity,
+        dca=dual_chunk,
+        mesh=options.mesh(mesh),
+        progress=True,
+    )
+
+
+def sampling(
+    *,
+    max_new_tokens: int | None,
+    greedy: bool | None,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    repetition_penalty: float | None,
+    seed: int,
+    stop: list[str] | None,
+    ignore_eos: bool,
+) -> SamplingParams:
+    """The settings as given, checked before a model is loaded."""
+    from qwen_jax.sampling import SamplingParams
+
+    params = SamplingParams(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        greedy=greedy,
+        seed=seed,
+        stop=tuple(stop or ()),
+        ignore_eos=ignore_eos,
+    )
+    params.resolve()
+    return params
