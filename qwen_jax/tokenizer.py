@@ -51,7 +51,8 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        self._byte_level = isinstance(backend.decoder, decoders.ByteLevel)
+        # Asked by what it does: the decoder may be wrapped in a sequence. Qwen's is of this kind.
+        self._byte_level = bool(backend.decoder) and backend.decoder.decode(["ĠÃ", "©"]) == " é"
         self._token_bytes = functools.cache(self._bytes_of)
         self.chat_template = chat_template
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)

@@ -25,6 +25,27 @@ NOT_SPECIAL = (
 ADDED = SPECIAL + NOT_SPECIAL
 FIRST_ADDED = 151_643
 
+# What tokenizers get wrong: scripts, joiners, line ends, blanks, control characters, marks.
+TEXTS = {
+    "english": "Hello, world! It's 3 o'clock; they've gone -- haven't they?",
+    "chinese": "敏捷的棕色狐狸跳过了懒狗。繁體字也可以,標點「引號」!",
+    "japanese": "いろはにほへと ちりぬるを カタカナ・漢字",
+    "korean": "키스의 고유조건은 입술끼리 만나야 한다",
+    "arabic": "نص حكيم له سر قاطع وذو شأن عظيم ١٢٣",
+    "hebrew": "דג סקרן שט בים",
+    "hindi": "ऋषियों को सताने वाले दुष्ट राक्षसों",
+    "thai": "เป็นมนุษย์สุดประเสริฐเลิศคุณค่า",
+    "emoji with joiners": "👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 🇫🇷 ☺️",
+    "rare planes": "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𓂀 🜁 \U0010fffd",
+    "code": "def f(x):\n\treturn {k: v**2 for k, v in x.items()}  # 1_000\n",
+    "line ends": "a\r\nb\rc\n\n\n d \t\r\n  \n",
+    "blanks": "   leading, trailing   \t \u00a0\u2003\u3000 ",
+    "controls": "nul \x00 bell \x07 escape \x1b[0m delete \x7f bom \ufeff",
+    "composed marks": "Z͑ͫ̓a̴l̵g̶o̷ ệ ṩ",
+    "a real replacement character": "\ufffd is U+FFFD \ufffd\ufffd",
+    "empty": "",
+}
+
 CHAT_TEMPLATE = (
     "{%- if messages[0]['role'] != 'system' -%}"
     "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{%- endif -%}"

@@ -9,7 +9,7 @@ import pytest
 import qwen_vocabulary
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_tokenizer import TEXTS
+from qwen_vocabulary import TEXTS
 
 from qwen_jax.errors import QwenJaxError
 from qwen_jax.streaming import ByteStream, StopStrings, WindowStream, cut_at_stop

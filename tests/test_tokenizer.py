@@ -3,39 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 import unicodedata
 from pathlib import Path
 
+import numpy as np
 import pytest
 import qwen_vocabulary
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from qwen_vocabulary import TEXTS
 from tokenizers import Tokenizer as Backend
-from tokenizers import models, pre_tokenizers, processors
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from qwen_jax.errors import QwenJaxError
 from qwen_jax.tokenizer import Tokenizer, TokenizerError
-
-TEXTS = {
-    "english": "Hello, world! It's 3 o'clock; they've gone -- haven't they?",
-    "chinese": "敏捷的棕色狐狸跳过了懒狗。繁體字也可以,標點「引號」!",
-    "japanese": "いろはにほへと ちりぬるを カタカナ・漢字",
-    "korean": "키스의 고유조건은 입술끼리 만나야 한다",
-    "arabic": "نص حكيم له سر قاطع وذو شأن عظيم ١٢٣",
-    "hebrew": "דג סקרן שט בים",
-    "hindi": "ऋषियों को सताने वाले दुष्ट राक्षसों",
-    "thai": "เป็นมนุษย์สุดประเสริฐเลิศคุณค่า",
-    "emoji with joiners": "👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 🇫🇷 ☺️",
-    "rare planes": "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𓂀 🜁 \U0010fffd",
-    "code": "def f(x):\n\treturn {k: v**2 for k, v in x.items()}  # 1_000\n",
-    "line ends": "a\r\nb\rc\n\n\n d \t\r\n  \n",
-    "blanks": "   leading, trailing   \t \u00a0\u2003\u3000 ",
-    "controls": "nul \x00 bell \x07 escape \x1b[0m delete \x7f bom \ufeff",
-    "composed marks": "Z͑ͫ̓a̴l̵g̶o̷ ệ ṩ",
-    "a real replacement character": "\ufffd is U+FFFD \ufffd\ufffd",
-    "empty": "",
-}
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +98,11 @@ def test_ids_that_are_none_are_refused(tokenizer: Tokenizer, bad: list) -> None:
         tokenizer.stream().push(bad)
 
 
+def test_numpy_ids(tokenizer: Tokenizer) -> None:
+    ids = np.array([9707, 11, 1879], np.int32)
+    assert tokenizer.decode(ids) == tokenizer.stream().push(ids) == "Hello, world"
+
+
 def test_a_batch_is_its_rows(tokenizer: Tokenizer) -> None:
     texts = list(TEXTS.values())
     assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
@@ -176,6 +164,33 @@ def test_a_tokenizer_that_is_not_byte_level_streams_too(tmp_path: Path) -> None:
         stream = tokenizer.stream(skip_special=skip)
         pieces = [stream.push([index]) for index in ids] + [stream.flush()]
         assert "".join(pieces) == tokenizer.decode(ids, skip_special=skip)
+
+
+@pytest.mark.parametrize("kind", ["metaspace", "byte fallback", "wrapped byte level"])
+def test_decoders_of_other_kinds_stream_too(tmp_path: Path, kind: str) -> None:
+    text = "Hello  world, 漢字 and 👩‍👩 again"
+    if kind == "wrapped byte level":
+        pieces = [chr(0x0120) if piece == " " else piece for piece in "one two".partition(" ")]
+        text, decoder = "one two", decoders.Sequence([decoders.ByteLevel()])
+    elif kind == "metaspace":
+        pieces = [word for word in re.split("(?=▁)", "▁" + text.replace(" ", "▁")) if word]
+        decoder = decoders.Metaspace()
+    else:
+        pieces = [f"<0x{byte:02X}>" if byte > 127 else chr(byte) for byte in text.encode()]
+        decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
+    backend = Backend(models.WordLevel(vocabulary, unk_token=pieces[0]))
+    backend.decoder = decoder
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    ids = [vocabulary[piece] for piece in pieces]
+    assert tokenizer.decode(ids) == text
+    stream = tokenizer.stream()
+    shown = ""
+    for index in ids:
+        shown += stream.push([index])
+        assert text.startswith(shown)
+    assert shown + stream.flush() == text
 
 
 def test_added_tokens_of_the_config_join_the_vocabulary(tmp_path: Path) -> None:
