@@ -271,7 +271,7 @@ def _narrowed(scaled_BV: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array) -> j
     weight_BV = jnp.where(depth_BV <= kth_B[:, None], jnp.exp(scaled_BV), 0.0)
     last_B = _depth_reaching(depth_BV, weight_BV, top_p_B * weight_BV.sum(-1))
     # Rounding must not cost the tail when top-p is off.
-    last_B = jnp.where(top_p_B < 1, jnp.minimum(kth_B, last_B), kth_B)
+    last_B = jnp.where(top_p_B < 1, last_B, kth_B)
     return jnp.where(depth_BV <= last_B[:, None], scaled_BV, -jnp.inf)
 
 
