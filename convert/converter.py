@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import errno
-import json
-import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
-from qwen_jax.convert.hf_folder import INDEX_FILE, SINGLE_FILE, HfFolder, plan_shards
+from qwen_jax.convert.hf_folder import PICKLED, HfFolder, plan_shards, write_index
 from qwen_jax.convert.orbax_folder import PARAMS, OrbaxFolder, OrbaxWriter
 from qwen_jax.convert.safetensors_io import SafetensorsWriter
-from qwen_jax.convert.source import Progress, TensorSource, in_groups, leaf_name, tensors
+from qwen_jax.convert.source import Progress, TensorSource, in_groups, leaf_name, tensor_bytes, tensors
 from qwen_jax.convert.staging import staged
 from qwen_jax.errors import CheckpointError
-from qwen_jax.params import Param
 
+# The weights themselves, and copies of them in formats that are not read here.
+_WEIGHTS = (".safetensors", *PICKLED, ".gguf", ".h5", ".msgpack", ".onnx")
 CONFIG = "config.json"
 MAX_SHARD_BYTES = 5 * 10**9
 # Leaves are handed to orbax in groups: a call a leaf would be slow, and a group as large as the largest tensor
@@ -72,6 +68,7 @@ def convert(
     """
     source, dst = open_checkpoint(src), Path(dst).absolute()
     with staged(dst) as out:
+        _require_space(source, dst)
         try:
             if isinstance(source, HfFolder):
                 _write_orbax(source, out, progress)
@@ -85,55 +82,51 @@ def convert(
 
 
 def _write_orbax(source: TensorSource, out: Path, progress: Progress | None) -> None:
-    config, itemsize = source.config, source.dtype.itemsize
-    sizes = {leaf_name(p, n): math.prod(p.shape(config)) * itemsize for p, n in tensors(config)}
-    stream = _streamed(source, progress)
-    writer = OrbaxWriter(out, config, source.dtype)
+    todo = {leaf_name(p, layer): (p, layer) for p, layer in tensors(source.config)}
+    sizes = {name: tensor_bytes(source, p) for name, (p, _) in todo.items()}
     limit = max(max(sizes.values()) // _GROUPS_PER_LARGEST, _LEAST_GROUP_BYTES)
+    writer = OrbaxWriter(out, source.config, source.dtype)
+    done, total = 0, sum(sizes.values())
     for names in in_groups(sizes, limit):
-        writer.write({name: next(stream)[2] for name in names})
+        writer.write({name: source.read(*todo[name]) for name in names})
+        done += sum(sizes[name] for name in names)
+        if progress:
+            progress(done, total)
     writer.finish()
 
 
 def _write_hf(source: TensorSource, out: Path, progress: Progress | None, max_shard_bytes: int) -> None:
-    config, itemsize = source.config, source.dtype.itemsize
-    shapes = {p.hf_name(layer): p.hf_shape(config) for p, layer in tensors(config)}
-    sizes = {name: math.prod(shape) * itemsize for name, shape in shapes.items()}
-    stream = _streamed(source, progress)
+    todo = {p.hf_name(layer): (p, layer) for p, layer in tensors(source.config)}
+    sizes = {name: tensor_bytes(source, p) for name, (p, _) in todo.items()}
+    shapes = {name: p.hf_shape(source.config) for name, (p, _) in todo.items()}
+    done, total = 0, sum(sizes.values())
     plan = plan_shards(sizes, max_shard_bytes)
     for file, names in plan.items():
         with SafetensorsWriter(out / file, {name: shapes[name] for name in names}, source.dtype) as writer:
             for name in names:
-                _, _, array = next(stream)
-                writer.write(name, array.reshape(shapes[name]))
-    if list(plan) != [SINGLE_FILE]:
-        index = {
-            "metadata": {"total_size": sum(sizes.values())},
-            "weight_map": {name: file for file, names in plan.items() for name in names},
-        }
-        (out / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _streamed(
-    source: TensorSource, progress: Progress | None
-) -> Iterator[tuple[Param, int | None, np.ndarray]]:
-    total = sum(math.prod(p.shape(source.config)) * source.dtype.itemsize for p, _ in tensors(source.config))
-    done = 0
-    for param, layer in tensors(source.config):
-        array = source.read(param, layer)
-        done += array.nbytes
-        yield param, layer, array
-        del array
-        if progress:
-            progress(done, total)
+                writer.write(name, source.read(*todo[name]).reshape(shapes[name]))
+                done += sizes[name]
+                if progress:
+                    progress(done, total)
+    write_index(out, plan, total)
 
 
 def _copy_companions(src: Path, out: Path) -> None:
     """Copies all that is not weights; config.json comes last: without it a folder is not a checkpoint."""
     files = [p for p in sorted(src.iterdir()) if p.is_file() and not p.name.startswith(".")]
-    files = [p for p in files if not p.name.endswith(".safetensors") and p.name != INDEX_FILE]
+    files = [p for p in files if p.suffix not in _WEIGHTS and not p.name.endswith(".index.json")]
     for path in sorted(files, key=lambda p: p.name == CONFIG):
         shutil.copyfile(path, out / path.name)
+
+
+def _require_space(source: TensorSource, dst: Path) -> None:
+    """Refuses at once what is bound to fill the disk, instead of after an hour."""
+    needed = sum(tensor_bytes(source, p) for p, _ in tensors(source.config))
+    free = shutil.disk_usage(dst.parent).free
+    if free < needed:
+        raise CheckpointError(
+            f"{dst}: the disk is too full: {needed / 1e9:.3g} GB are needed there and {free / 1e9:.3g} GB are free"
+        )
 
 
 def _write_failure(dst: Path, error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -15,7 +16,7 @@ from qwen_jax.params import Param
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _HEAD, _EMBED = "lm_head.weight", "model.embed_tokens.weight"
 _COMPARED_BYTES = 1 << 23
 
@@ -118,7 +119,7 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
             f"{folder}: {summarise(stored)} without {INDEX_FILE}: the download is incomplete"
         )
     else:
-        pickled = [name for name in present if name.endswith(_PICKLED)]
+        pickled = [name for name in present if name.endswith(PICKLED)]
         if pickled:
             raise CheckpointError(
                 f"{folder}: only pickled weights ({summarise(pickled)}); unpickling runs code from the "
@@ -209,3 +210,12 @@ def plan_shards(sizes: dict[str, int], max_shard_bytes: int) -> dict[str, list[s
     if len(groups) == 1:
         return {SINGLE_FILE: groups[0]}
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": g for i, g in enumerate(groups, start=1)}
+
+
+def write_index(folder: Path, plan: dict[str, list[str]], total_bytes: int) -> None:
+    """Writes the index of a plan of several files; one file needs none."""
+    if list(plan) == [SINGLE_FILE]:
+        return
+    weight_map = {name: file for file, names in plan.items() for name in names}
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

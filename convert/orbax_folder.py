@@ -9,10 +9,13 @@ widest tensor mesh the model allows, so a device of any mesh reads whole chunks,
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import json
+import logging
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,7 +35,8 @@ _MANIFEST = "manifest.ocdbt"
 _ZARRAY = "/.zarray"
 _ZARR_DTYPES = {"bfloat16": "bfloat16", "float16": "<f2", "float32": "<f4"}
 # Chunks in flight are memory: four of them keep a disk busy.
-_READ_CONTEXT = {"file_io_concurrency": {"limit": 4}, "cache_pool": {"total_bytes_limit": 0}}
+# The cache is for the nodes of the store's tree, which every leaf would read again.
+_READ_CONTEXT = {"file_io_concurrency": {"limit": 4}, "cache_pool#tree": {"total_bytes_limit": 16 << 20}}
 
 
 def split_axis(param: Param) -> int | None:
@@ -68,7 +72,7 @@ class OrbaxFolder(TensorSource):
             raise CheckpointError(
                 f"{folder / PARAMS}: not a finished orbax checkpoint: convert the model again"
             )
-        self._kvstore = {"driver": "ocdbt", "base": f"file://{stores[0]}/"}
+        self._kvstore = {"driver": "ocdbt", "base": f"file://{stores[0]}/", "cache_pool": "cache_pool#tree"}
         self._context = _tensorstore().Context(_READ_CONTEXT)
         zarrays, chunks = self._list()
         report(folder / PARAMS, self._problems(zarrays, chunks))
@@ -198,7 +202,7 @@ class OrbaxWriter:
         )
         context.array.saving.scoped_storage_options_creator = one_chunk_a_piece
         context.memory.deepcopy_host_arrays = False  # nobody changes them before `save` returns
-        with context:
+        with context, _one_error():
             ocp.partial.save(
                 self._path, {name: leaf.reshape(self._shapes[name]) for name, leaf in leaves.items()}
             )
@@ -207,4 +211,29 @@ class OrbaxWriter:
         """Makes the checkpoint whole."""
         import orbax.checkpoint.experimental.v1 as ocp
 
-        ocp.partial.finalize(self._path)
+        with _one_error():
+            ocp.partial.finalize(self._path)
+
+
+@contextlib.contextmanager
+def _one_error() -> Iterator[None]:
+    """Keeps a failed write to the one exception that is raised.
+
+    orbax also logs it with tracebacks from every thread it passes; and tensorstore's threads go on to call
+    back into an event loop that orbax has closed by then, each time reported to stderr. As those calls come
+    late, after a failure their reports stay switched off.
+    """
+    logger, report_unraisable = logging.getLogger("absl"), sys.unraisablehook
+    level = logger.level
+
+    def without_closed_loops(unraisable: Any) -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            report_unraisable(unraisable)
+
+    logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = without_closed_loops
+    try:
+        yield
+        sys.unraisablehook = report_unraisable
+    finally:
+        logger.setLevel(level)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -115,6 +116,11 @@ def tensors(config: ModelConfig) -> Iterator[tuple[Param, int | None]]:
 def leaf_name(param: Param, layer: int | None) -> str:
     """The name in a converted folder: "layers.attn.q.weight" of layer 3 is "layers.3.attn.q.weight"."""
     return param.path if layer is None else param.path.replace(LAYERS, f"{LAYERS}.{layer}", 1)
+
+
+def tensor_bytes(source: TensorSource, param: Param) -> int:
+    """Size of one tensor (of one layer) in the checkpoint."""
+    return math.prod(param.shape(source.config)) * source.dtype.itemsize
 
 
 def in_groups(sizes: Mapping[str, int], limit: int) -> list[list[str]]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from qwen_jax.config import ModelConfig
-from qwen_jax.convert.hf_folder import INDEX_FILE, SINGLE_FILE, plan_shards
+from qwen_jax.convert.hf_folder import plan_shards, write_index
 from qwen_jax.convert.safetensors_io import SafetensorsWriter
 from qwen_jax.convert.source import DTYPES, tensors
 
@@ -66,7 +66,4 @@ def write_random_checkpoint(
         with SafetensorsWriter(folder / file, {name: shapes[name] for name in names}, dtype) as writer:
             for name in names:
                 writer.write(name, random_tensor(rng, shapes[name], dtype))
-    if list(plan) != [SINGLE_FILE]:
-        weight_map = {name: file for file, names in plan.items() for name in names}
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        (folder / INDEX_FILE).write_text(json.dumps(index), encoding="utf-8")
+    write_index(folder, plan, sum(sizes.values()))

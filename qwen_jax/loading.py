@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +13,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from qwen_jax.convert import Progress, TensorSource, open_checkpoint
-from qwen_jax.convert.source import DTYPES, Box, box_of, box_shape, magnitude
+from qwen_jax.convert.source import DTYPES, Box, box_of, box_shape, magnitude, tensor_bytes
 from qwen_jax.errors import CheckpointError, QwenJaxError
 from qwen_jax.params import Param, params
 from qwen_jax.sharding import ShardingRules, full_mesh, shardings
 
 __all__ = ["load_params", "open_checkpoint"]
+
+_SMALL_STACK_BYTES = 64 << 20
 
 
 def load_params(
@@ -54,47 +57,84 @@ def load_params(
         raise QwenJaxError(f"dtype {target} is not one of {', '.join(DTYPES)}")
     placed = shardings(config, full_mesh(mesh), rules)
     rows = params(config)
-    total = sum(_nbytes(p, source) * (config.num_layers if p.stacked else 1) for p in rows)
+    total = sum(tensor_bytes(source, p) * (config.num_layers if p.stacked else 1) for p in rows)
     done = 0
-    loaded: dict[str, jax.Array] = {}
-    for param in rows:
-        sharding = placed[param.path]
-        if not param.stacked:
-            loaded[param.path] = _cast(_layer(source, param, None, sharding, target), target, sharding)
-            done += _nbytes(param, source)
-        else:
-            layer_sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-            stack = _zeros((config.num_layers, *param.shape(config)), target, sharding)
-            for layer in range(config.num_layers):
-                array = _layer(source, param, layer, layer_sharding, target)
-                stack.block_until_ready()  # the layer before is on the device: its host copy can go
-                stack = _write_layer(stack, array, np.int32(layer), sharding)
-                done += _nbytes(param, source)
-                if progress:
-                    progress(done, total)
-            loaded[param.path] = stack
+
+    def advance(param: Param) -> None:
+        nonlocal done
+        done += tensor_bytes(source, param)
         if progress:
             progress(done, total)
+
+    loaded: dict[str, jax.Array] = {}
+    for param in rows:
+        read = functools.partial(_read_shards, source, param, target=target)
+        sharding = placed[param.path]
+        if not param.stacked:
+            loaded[param.path] = _cast(_place(read(None, sharding), sharding), target, sharding)
+            advance(param)
+            continue
+        layer_sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+        layers = (read(layer, layer_sharding) for layer in range(config.num_layers))
+        if tensor_bytes(source, param) * config.num_layers <= _SMALL_STACK_BYTES:
+            loaded[param.path] = _stack_on_host(layers, target, sharding, functools.partial(advance, param))
+        else:
+            shape = (config.num_layers, *param.shape(config))
+            stack = _zeros(shape, target, sharding)
+            for layer, shards in enumerate(layers):
+                array = _place(shards, layer_sharding)
+                stack.block_until_ready()  # the layer before is on the device: its host copy can go
+                stack = _write_layer(stack, array, np.int32(layer), sharding)
+                advance(param)
+            loaded[param.path] = stack
     return loaded
 
 
-def _nbytes(param: Param, source: TensorSource) -> int:
-    return math.prod(param.shape(source.config)) * source.dtype.itemsize
+Shards = dict[jax.Device, np.ndarray]
 
 
-def _layer(
-    source: TensorSource, param: Param, layer: int | None, sharding: NamedSharding, target: np.dtype
-) -> jax.Array:
-    """One tensor on the devices, still in the checkpoint's dtype."""
+def _read_shards(
+    source: TensorSource, param: Param, layer: int | None, sharding: NamedSharding, *, target: np.dtype
+) -> Shards:
+    """What each device of this process holds of one tensor, in the checkpoint's dtype."""
     shape = param.shape(source.config)
-    indices = {
+    boxes = {
         device: box_of(index, shape)
         for device, index in sharding.addressable_devices_indices_map(shape).items()
         if index is not None
     }
-    parts = _read_parts(source, param, layer, sorted(set(indices.values())), target)
-    shards = [jax.device_put(parts[box], device) for device, box in indices.items()]
-    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+    parts = _read_parts(source, param, layer, sorted(set(boxes.values())), target)
+    return {device: parts[box] for device, box in boxes.items()}
+
+
+def _place(shards: Shards, sharding: NamedSharding) -> jax.Array:
+    placed = [jax.device_put(shard, device) for device, shard in shards.items()]
+    shape = _global_shape(placed[0].shape, sharding)
+    return jax.make_array_from_single_device_arrays(shape, sharding, placed)
+
+
+def _global_shape(shard_shape: tuple[int, ...], sharding: NamedSharding) -> tuple[int, ...]:
+    ways = [1 if axis is None else sharding.mesh.shape[axis] for axis in sharding.spec]
+    return tuple(size * n for size, n in zip(shard_shape, ways, strict=True))
+
+
+def _stack_on_host(
+    layers: Iterator[Shards], dtype: np.dtype, sharding: NamedSharding, advance: Callable[[], None]
+) -> jax.Array:
+    """All layers of a small parameter at once: norms, biases, and everything of a small model, with nothing to compile."""
+    collected: dict[jax.Device, list[np.ndarray]] = {}
+    for shards in layers:
+        for device, shard in shards.items():
+            collected.setdefault(device, []).append(shard)
+        advance()
+    stacks: dict[
+        tuple[int, ...], np.ndarray
+    ] = {}  # by the arrays stacked: devices that hold copies share them
+    for parts in collected.values():
+        key = tuple(map(id, parts))
+        if key not in stacks:
+            stacks[key] = np.stack(parts).astype(dtype, copy=False)
+    return _place({device: stacks[tuple(map(id, parts))] for device, parts in collected.items()}, sharding)
 
 
 def _read_parts(
@@ -143,8 +183,9 @@ def _overflow(dtype: np.dtype, target: np.dtype) -> int:
     return low
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _zeros(shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding) -> jax.Array:
-    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
+    return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
 
 
 @functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
