@@ -7,11 +7,11 @@ Both forms are read: the old one (`rope_theta`, `rope_scaling`) and the one tran
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from qwen_jax.errors import ConfigError
+from qwen_jax.json_fields import boolean, integer, number, optional_id, read_json, token_ids
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -74,6 +74,13 @@ class Yarn:
     def __post_init__(self) -> None:
         if self.factor < 1:
             raise ConfigError(f"rope_scaling: yarn's factor must be at least 1, got {self.factor}")
+        if self.original_max_position_embeddings < 1:
+            raise ConfigError("rope_scaling: yarn's original_max_position_embeddings must be positive")
+
+    @property
+    def reach(self) -> int:
+        """Positions the stretched frequencies serve, tokens."""
+        return int(self.factor * self.original_max_position_embeddings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +94,10 @@ class SparseAttention:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a Qwen2.5 model and the positions it uses. Sizes are counts, lengths are tokens."""
+    """The shape of a Qwen2.5 model and the positions it uses. Sizes are counts, lengths are tokens.
+
+    max_position_embeddings includes what YaRN adds: at least its factor times its original length.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -116,6 +126,7 @@ class ModelConfig:
             "num_layers",
             "num_heads",
             "num_kv_heads",
+            "max_position_embeddings",
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
@@ -179,48 +190,33 @@ class ModelConfig:
         if raw.get("model_type") != "qwen2":
             raise ConfigError(f"model_type is {raw.get('model_type')!r}; this is code for 'qwen2' (Qwen2.5)")
         _refuse_unknown(raw)
-        hidden, heads = _integer(raw, "hidden_size"), _integer(raw, "num_attention_heads")
+        raw = {key: value for key, value in raw.items() if value is not None or key not in _NULL_IS_ABSENT}
+        hidden, heads = integer(raw, "hidden_size"), integer(raw, "num_attention_heads")
         if "head_dim" not in raw and heads and hidden % heads:
             raise ConfigError(f"hidden_size={hidden} is not a multiple of num_attention_heads={heads}")
         theta, yarn = _rope(raw)
+        positions = integer(raw, "max_position_embeddings", 32_768)
         return cls(
-            vocab_size=_integer(raw, "vocab_size"),
+            vocab_size=integer(raw, "vocab_size"),
             hidden_size=hidden,
-            intermediate_size=_integer(raw, "intermediate_size"),
-            num_layers=_integer(raw, "num_hidden_layers"),
+            intermediate_size=integer(raw, "intermediate_size"),
+            num_layers=integer(raw, "num_hidden_layers"),
             num_heads=heads,
-            num_kv_heads=_integer(raw, "num_key_value_heads", heads),
-            head_dim=_integer(raw, "head_dim", hidden // heads if heads else 0),
-            rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
+            num_kv_heads=integer(raw, "num_key_value_heads", heads),
+            head_dim=integer(raw, "head_dim", hidden // heads if heads else 0),
+            rms_norm_eps=number(raw, "rms_norm_eps", 1e-6),
             rope_theta=theta,
-            max_position_embeddings=_integer(raw, "max_position_embeddings", 32_768),
-            tie_embeddings=_boolean(raw, "tie_word_embeddings", False),
-            dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."),
+            # Model cards add rope_scaling and leave the maximum at the original length.
+            max_position_embeddings=max(positions, yarn.reach) if yarn else positions,
+            tie_embeddings=boolean(raw, "tie_word_embeddings", False),
+            dtype=_dtype(raw),
             yarn=yarn,
             dual_chunk=_dual_chunk(raw),
             sparse=_sparse(raw),
-            bos_token_id=_optional_id(raw, "bos_token_id"),
+            bos_token_id=optional_id(raw, "bos_token_id"),
             eos_token_ids=token_ids(raw.get("eos_token_id"), "eos_token_id"),
-            pad_token_id=_optional_id(raw, "pad_token_id"),
+            pad_token_id=optional_id(raw, "pad_token_id"),
         )
-
-
-def read_json(path: Path) -> Any:
-    """Parses a JSON file; raises ConfigError naming the file when it is missing or broken."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: broken JSON: {error}") from None
-
-
-def token_ids(value: Any, name: str) -> tuple[int, ...]:
-    """One id, a list of ids or null, as config.json and generation_config.json write them."""
-    values = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values):
-        raise ConfigError(f"{name} must be a token id or a list of them, got {value!r}")
-    return tuple(values)
 
 
 # Keys of config.json that change nothing here, or are checked where their value matters.
@@ -235,12 +231,15 @@ _HARMLESS = {
     "max_window_layers", "_name_or_path", "auto_map", "output_attentions", "output_hidden_states", "return_dict",
     "is_decoder", "is_encoder_decoder", "add_cross_attention", "cross_attention_hidden_size", "tie_encoder_decoder",
     "_attn_implementation", "attn_implementation", "_attn_implementation_autoset", "chunk_size_feed_forward",
-    "pruned_heads", "max_length", "id2label", "label2id", "problem_type", "torchscript", "use_bfloat16",
+    "max_length", "id2label", "label2id", "problem_type", "torchscript", "use_bfloat16",
 }  # fmt: skip
+# Written as null for "derive it from the others".
+_NULL_IS_ABSENT = {"head_dim", "num_key_value_heads"}
 # An unknown key whose name holds one of these may change the numbers: refused unless it is null, false or empty.
 _SUSPECT = (
     "rope", "rotary", "yarn", "attn", "attention", "sliding", "window", "quant", "chunk", "scal", "bias", "norm",
-    "expert", "moe", "softcap", "layer", "head", "hidden", "act", "residual", "multiplier", "position", "embed",
+    "expert", "moe", "softcap", "layer", "head", "hidden", "act", "residual", "multiplier", "position", "embed", "ntk",
+    "compress", "spars", "lora", "adapter",
 )  # fmt: skip
 
 
@@ -250,7 +249,7 @@ def _refuse_unknown(raw: dict[str, Any]) -> None:
     types = raw.get("layer_types")
     if types is not None and (
         not isinstance(types, list)
-        or set(types) != {"full_attention"}
+        or any(kind != "full_attention" for kind in types)
         or len(types) != raw.get("num_hidden_layers")
     ):
         raise ConfigError(
@@ -258,6 +257,13 @@ def _refuse_unknown(raw: dict[str, Any]) -> None:
         )
     if raw.get("hidden_act", "silu") != "silu":
         raise ConfigError(f"hidden_act {raw['hidden_act']!r} is not supported; Qwen2.5 uses 'silu'")
+    if raw.get("is_causal", True) is not True:
+        raise ConfigError(f"is_causal {raw['is_causal']!r:.80} is not supported; Qwen2.5 is causal")
+    remote = raw.get("auto_map") or {}
+    if not isinstance(remote, dict) or any(str(name).startswith("AutoModel") for name in remote):
+        raise ConfigError(
+            "auto_map names model code of its own, which may differ from Qwen2.5: not supported"
+        )
     for key in sorted(raw.keys() - _READ - _HARMLESS):
         if raw[key] and any(word in key.lower() for word in _SUSPECT):
             raise ConfigError(
@@ -266,28 +272,34 @@ def _refuse_unknown(raw: dict[str, Any]) -> None:
 
 
 def _rope(raw: dict[str, Any]) -> tuple[float, Yarn | None]:
-    scaling = raw.get("rope_scaling")
+    """theta and YaRN, from the old form, the new one, or both if they agree."""
     parameters = raw.get("rope_parameters")
-    if parameters is not None and not isinstance(parameters, dict):
-        raise ConfigError(f"rope_parameters must be an object, got {parameters!r:.80}")
     if parameters is None:
-        theta = _number(raw, "rope_theta", 10_000.0)
-        if scaling is None:
-            return theta, None
-        if not isinstance(scaling, dict):
-            raise ConfigError(f"rope_scaling must be an object or null, got {scaling!r:.80}")
-        return theta, _scaling("rope_scaling", scaling, raw)
-    if scaling is not None and scaling != parameters:
+        return number(raw, "rope_theta", 10_000.0), _scaling("rope_scaling", raw.get("rope_scaling"), raw)
+    if not isinstance(parameters, dict):
+        raise ConfigError(f"rope_parameters must be an object, got {parameters!r:.80}")
+    theta = number(parameters, "rope_theta", number(raw, "rope_theta", 10_000.0))
+    yarn = _scaling("rope_parameters", _without_theta(parameters), raw)
+    if "rope_theta" in raw and number(raw, "rope_theta") != theta:
+        raise ConfigError("both rope_parameters and rope_theta are set, and they differ")
+    old = raw.get("rope_scaling")
+    if old is not None and _scaling("rope_scaling", _without_theta(old), raw) != yarn:
         raise ConfigError("both rope_parameters and rope_scaling are set, and they differ")
-    theta = _number(parameters, "rope_theta", _number(raw, "rope_theta", 10_000.0))
-    rest = {key: value for key, value in parameters.items() if key != "rope_theta"}
-    return theta, _scaling("rope_parameters", rest, raw)
+    return theta, yarn
 
 
-def _scaling(where: str, scaling: dict[str, Any], raw: dict[str, Any]) -> Yarn | None:
-    kinds = {scaling[key] for key in ("rope_type", "type") if key in scaling} or {"default"}
-    kind = kinds.pop()
-    if kinds:
+def _without_theta(scaling: Any) -> Any:
+    return {k: v for k, v in scaling.items() if k != "rope_theta"} if isinstance(scaling, dict) else scaling
+
+
+def _scaling(where: str, scaling: Any, raw: dict[str, Any]) -> Yarn | None:
+    if scaling is None:
+        return None
+    if not isinstance(scaling, dict):
+        raise ConfigError(f"{where} must be an object or null, got {scaling!r:.80}")
+    kinds = [scaling[key] for key in ("rope_type", "type") if key in scaling] or ["default"]
+    kind = kinds[0]
+    if any(other != kind for other in kinds):
         raise ConfigError(f"{where}: rope_type and type differ")
     known = {"rope_type", "type"}
     if kind == "yarn":
@@ -299,14 +311,14 @@ def _scaling(where: str, scaling: dict[str, Any], raw: dict[str, Any]) -> Yarn |
     if kind == "default":
         return None
     factor = scaling.get("attention_factor")
-    original = _integer(raw, "max_position_embeddings", 32_768)
+    original = integer(raw, "max_position_embeddings", 32_768)
     return Yarn(
-        factor=_number(scaling, "factor"),
-        original_max_position_embeddings=_integer(scaling, "original_max_position_embeddings", original),
-        attention_factor=None if factor is None else _number(scaling, "attention_factor"),
-        beta_fast=_number(scaling, "beta_fast", 32.0),
-        beta_slow=_number(scaling, "beta_slow", 1.0),
-        truncate=_boolean(scaling, "truncate", True),
+        factor=number(scaling, "factor"),
+        original_max_position_embeddings=integer(scaling, "original_max_position_embeddings", original),
+        attention_factor=None if factor is None else number(scaling, "attention_factor"),
+        beta_fast=number(scaling, "beta_fast", 32.0),
+        beta_slow=number(scaling, "beta_slow", 1.0),
+        truncate=boolean(scaling, "truncate", True),
     )
 
 
@@ -333,9 +345,9 @@ def _dual_chunk(raw: dict[str, Any]) -> DualChunk | None:
         return None
     # The released engine's defaults for absent keys (algorithms.md 2.1).
     return DualChunk(
-        chunk_size=_integer(section, "chunk_size", 8192),
-        local_size=_integer(section, "local_size", 1024),
-        original_max_position_embeddings=_integer(section, "original_max_position_embeddings", 0),
+        chunk_size=integer(section, "chunk_size", 8192),
+        local_size=integer(section, "local_size", 1024),
+        original_max_position_embeddings=integer(section, "original_max_position_embeddings", 0),
     )
 
 
@@ -343,37 +355,18 @@ def _sparse(raw: dict[str, Any]) -> SparseAttention:
     section = _dual_chunk_section(raw) or {}
     enabled = section.get("sparse_attention_enabled")
     return SparseAttention(
-        enabled=None if enabled is None else _boolean(section, "sparse_attention_enabled", False),
-        threshold=_integer(section, "sparse_attention_threshold", 32_768),
-        last_q=_integer(section, "sparse_attention_last_q", 64),
+        enabled=None if enabled is None else boolean(section, "sparse_attention_enabled", False),
+        threshold=integer(section, "sparse_attention_threshold", 32_768),
+        last_q=integer(section, "sparse_attention_last_q", 64),
     )
 
 
-def _integer(raw: dict[str, Any], key: str, default: int | None = None) -> int:
-    value = raw.get(key, default)
-    if value is None:
-        raise ConfigError(f"key {key!r} is missing")
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ConfigError(f"{key} must be a non-negative integer, got {value!r:.80}")
-    return value
-
-
-def _number(raw: dict[str, Any], key: str, default: float | None = None) -> float:
-    value = raw.get(key, default)
-    if value is None:
-        raise ConfigError(f"key {key!r} is missing")
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
-        raise ConfigError(f"{key} must be a positive number, got {value!r:.80}")
-    return float(value)
-
-
-def _boolean(raw: dict[str, Any], key: str, default: bool) -> bool:
-    value = raw.get(key, default)
-    if not isinstance(value, bool):
-        raise ConfigError(f"{key} must be true or false, got {value!r:.80}")
-    return value
-
-
-def _optional_id(raw: dict[str, Any], key: str) -> int | None:
-    ids = token_ids(raw.get(key), key)
-    return ids[0] if ids else None
+def _dtype(raw: dict[str, Any]) -> str:
+    """The tensors' dtype; float32 where config.json names none, as in torch."""
+    for key in ("dtype", "torch_dtype"):
+        if raw.get(key) is not None:
+            name = raw[key]
+            if not isinstance(name, str) or name.removeprefix("torch.") not in DTYPES:
+                raise ConfigError(f"{key} must be one of {', '.join(DTYPES)}, got {name!r:.80}")
+            return name.removeprefix("torch.")
+    return "float32"

@@ -116,7 +116,10 @@ class LLM:
             )
         if prefill_chunk is not None and prefill_chunk < 1:
             raise RequestError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
-        self._batch_size, self._progress, self._mesh = batch_size, progress, mesh
+        # The cache goes where the weights are: on another mesh the first piece would compile a program of its own.
+        placed = getattr(self.model.embed.weight[...].sharding, "mesh", mesh)
+        self._mesh = placed if isinstance(placed, Mesh) else mesh
+        self._batch_size, self._progress = batch_size, progress
         self._kv_dtype = _kv_dtype(kv_dtype, self.model.embed.weight[...].dtype)
         self._graph, self._params = nnx.split(self.model)
         chunk = default_chunk(self.config) if prefill_chunk is None else prefill_chunk

@@ -1,7 +1,8 @@
 """Chunked prefill: the plan of pieces, and the loop that runs them through one compiled program.
 
 Every full chunk runs the same program (its start is a value, not a shape); the rest of a prompt runs in the smallest
-power-of-two bucket that holds it. Pieces never straddle a multiple of s, so every key tile is of one stage (`algorithms.md` 2.7).
+power-of-two bucket that holds it. Pieces never straddle a multiple of s, so every key tile is of one
+stage (`algorithms.md` 2.7).
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from qwen_jax.cache import KVCache
 from qwen_jax.config import ModelConfig
@@ -143,7 +146,13 @@ class Prefiller:
 
     def __init__(self, graph: nnx.GraphDef, params: nnx.State, config: ModelConfig, chunk: int):
         self.graph, self.params, self.config, self.chunk = graph, params, config, chunk
-        self.dtype = params["embed"]["weight"][...].dtype
+        placed: Any = params["embed"]["weight"][...]
+        self.dtype = placed.dtype
+        # On the weights' mesh, as every piece returns it: on another the first piece would compile a program of its own.
+        where = placed.sharding
+        self._device = (
+            NamedSharding(where.mesh, PartitionSpec()) if isinstance(where, NamedSharding) else None
+        )
 
     def pieces(self, start: int, end: int, capacity: int) -> list[Piece]:
         """The plan for positions [start, end)."""
@@ -163,7 +172,7 @@ class Prefiller:
         """
         lengths_B = jnp.asarray(prompt_len_B, jnp.int32)
         end = start + tokens_BT.shape[1]
-        last_BD = jnp.zeros((len(tokens_BT), self.config.hidden_size), self.dtype)
+        last_BD = jnp.zeros((len(tokens_BT), self.config.hidden_size), self.dtype, device=self._device)
         for piece in self.pieces(start, end, cache.capacity):
             last_BD, cache = _prefill_piece(
                 self.graph, self.params, jnp.asarray(_piece_tokens(tokens_BT, start, piece)),
