@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from qwen_jax.convert.safetensors_io import SafetensorsWriter
 from qwen_jax.convert.source import Progress, TensorSource, in_groups, leaf_name, tensor_bytes, tensors
 from qwen_jax.convert.staging import staged
 from qwen_jax.errors import CheckpointError
+from qwen_jax.hub import resolve
 
 # The weights themselves, and copies of them in formats that are not read here.
 _WEIGHTS = (".safetensors", *PICKLED, ".gguf", ".h5", ".msgpack", ".onnx")
@@ -39,7 +41,10 @@ def open_checkpoint(folder: str | Path) -> TensorSource:
     converted = (folder / PARAMS).is_dir()
     if converted and any(folder.glob("*.safetensors")):
         raise CheckpointError(f"{folder}: holds both safetensors and {PARAMS}/: remove one of them")
-    return OrbaxFolder(folder) if converted else HfFolder(folder)
+    try:
+        return OrbaxFolder(folder) if converted else HfFolder(folder)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or folder} cannot be read: {error.strerror}") from None
 
 
 def convert(
@@ -57,7 +62,7 @@ def convert(
     only when it is whole; a run that was killed leaves `<dst>.converting/`, which the next run clears.
 
     Args:
-        src: a Hugging Face folder or a converted one.
+        src: a Hugging Face folder, a converted one, or a hub id.
         dst: the folder to make; its parent must exist.
         progress: called with (bytes done, bytes in all).
         max_shard_bytes: most bytes in one safetensors file, in the direction that writes them.
@@ -66,7 +71,7 @@ def convert(
         CheckpointError: `src` is not a whole checkpoint, holds NaN or infinity, `dst` exists, or the disk is
         full.
     """
-    source, dst = open_checkpoint(src), Path(dst).absolute()
+    source, dst = open_checkpoint(resolve(src)), Path(dst).absolute()
     with staged(dst) as out:
         _require_space(source, dst)
         try:
@@ -75,9 +80,7 @@ def convert(
             else:
                 _write_hf(source, out, progress, max_shard_bytes)
             _copy_companions(source.folder, out)
-        except (OSError, ValueError) as error:
-            if isinstance(error, CheckpointError):
-                raise
+        except OSError as error:
             raise CheckpointError(_write_failure(dst, error)) from error
 
 
@@ -116,7 +119,10 @@ def _copy_companions(src: Path, out: Path) -> None:
     files = [p for p in sorted(src.iterdir()) if p.is_file() and not p.name.startswith(".")]
     files = [p for p in files if p.suffix not in _WEIGHTS and not p.name.endswith(".index.json")]
     for path in sorted(files, key=lambda p: p.name == CONFIG):
-        shutil.copyfile(path, out / path.name)
+        with path.open("rb") as original, (out / path.name).open("xb") as copy:
+            shutil.copyfileobj(original, copy)
+            copy.flush()
+            os.fsync(copy.fileno())
 
 
 def _require_space(source: TensorSource, dst: Path) -> None:
@@ -129,9 +135,7 @@ def _require_space(source: TensorSource, dst: Path) -> None:
         )
 
 
-def _write_failure(dst: Path, error: Exception) -> str:
-    text = " ".join(str(error).split())
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text
-    if full:
+def _write_failure(dst: Path, error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{dst}: the disk is full; nothing was kept: free some space and convert again"
-    return f"{dst}: writing failed, nothing was kept: {text[:300]}"
+    return f"{dst}: writing failed, nothing was kept: {error.strerror or error}"

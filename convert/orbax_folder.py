@@ -14,6 +14,8 @@ import functools
 import json
 import logging
 import math
+import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -185,7 +187,7 @@ class OrbaxWriter:
         """Adds leaves by `leaf_name`, in the model's shape. Each call costs orbax a pass over the metadata.
 
         Raises:
-            OSError, ValueError: the disk is full, or cannot be written.
+            OSError: the disk is full, or cannot be written.
         """
         import orbax.checkpoint.experimental.v1 as ocp
 
@@ -235,5 +237,10 @@ def _one_error() -> Iterator[None]:
     try:
         yield
         sys.unraisablehook = report_unraisable
+    except ValueError as error:  # tensorstore's word for anything that the operating system refused
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
     finally:
         logger.setLevel(level)

@@ -63,7 +63,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         raise CheckpointError(f"{file.name} cannot be read: {error.strerror}") from None
     try:
         header = json.loads(text, object_pairs_hook=_without_duplicates)
-    except (UnicodeDecodeError, json.JSONDecodeError):
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
         raise CheckpointError(f"{file.name} is not a safetensors file: its header is not JSON") from None
     except _DuplicateError as error:
         raise CheckpointError(f"{file.name} names {error} twice in its header") from None
