@@ -52,6 +52,8 @@ def _options(
     ] = None,
     version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
 ) -> None:
+    assert isinstance(context.command, ErrorsAsOneLine)
+    context.command.debug = debug
     if version:
         typer.echo(f"qwen-jax {__version__}")
         raise typer.Exit

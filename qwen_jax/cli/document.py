@@ -29,8 +29,8 @@ class Frame:
         return self.before + text + self.between
 
     def question(self, text: str) -> str:
-        """What stands behind it."""
-        return text + self.after
+        """What stands behind it; blanks around a question would change where tokens end, and are dropped in a chat."""
+        return text if self == RAW else text.strip() + self.after
 
 
 RAW = Frame()

@@ -19,7 +19,12 @@ class ErrorsAsOneLine(TyperGroup):
     """The group of all commands.
 
     Exit codes: 2 for what the user can put right, 1 for what the machine refuses (out of memory), 130 for Ctrl-C.
+
+    Attributes:
+        debug: let errors through, traceback and all.
     """
+
+    debug = False
 
     def main(
         self,
@@ -35,16 +40,10 @@ class ErrorsAsOneLine(TyperGroup):
         except (KeyboardInterrupt, typer.Abort):
             code = INTERRUPTED
         except Exception as error:
-            if "--debug" in _group_options(sys.argv[1:] if args is None else args):
+            if self.debug:
                 raise
             _leave(error)
         sys.exit(code if isinstance(code, int) else 0)
-
-
-def _group_options(args: Sequence[str]) -> Sequence[str]:
-    """What stands before the name of the command."""
-    first = next((n for n, arg in enumerate(args) if not arg.startswith("-")), len(args))
-    return args[:first]
 
 
 def _leave(error: Exception) -> NoReturn:

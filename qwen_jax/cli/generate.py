@@ -13,6 +13,8 @@ from qwen_jax.cli.document import RAW, Frame, chat_frame, frame_of
 from qwen_jax.errors import QwenJaxError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from qwen_jax.context import Document
     from qwen_jax.llm import LLM, Prompt
     from qwen_jax.sampling import SamplingParams
@@ -146,6 +148,7 @@ def command(
         assert text is not None
         return _answer(llm, text, params, as_ids=token_ids is not None, stream=stream)
 
+    questions = question or []
     frame = (
         chat_frame(llm.tokenizer) if llm.tokenizer and llm.tokenizer.has_chat_template and not raw else RAW
     )
@@ -156,13 +159,15 @@ def command(
         typer.echo(f"{prefix}: {len(document):,} tokens", err=True)
     else:
         assert text is not None
-        document = _prefill(llm, frame.document(text) if isinstance(text, str) else text)
+        ids = llm.token_ids(frame.document(text) if isinstance(text, str) else text)
+        _check_room(llm, len(ids), [frame.question(each) for each in questions], params)
+        document = _prefill(llm, ids)
     if save_prefix is not None:
         document.save(save_prefix)
         typer.echo(f"{save_prefix}: saved", err=True)
     if prefix is not None and text is not None:  # a continuation of the saved document
         _answer(llm, text, params, document, as_ids=token_ids is not None, stream=stream)
-    _answer_all(llm, question or [], params, document, frame, stream)
+    _answer_all(llm, questions, params, document, frame, stream)
     return None
 
 
@@ -192,6 +197,8 @@ def _check(
         raise QwenJaxError(f"{given[0]} and --question both follow --prefix: give one of them")
     if prefix is not None and save_prefix is not None:
         raise QwenJaxError("--prefix is saved already: leave out --save-prefix")
+    if any(not question.strip() for question in questions or []):
+        raise QwenJaxError("--question: the question is empty")
     if token_ids is not None and (chat or questions):
         raise QwenJaxError("--token-ids goes with neither --chat nor --question: those are text")
     if chat and (raw or questions or prefix or save_prefix):
@@ -200,17 +207,26 @@ def _check(
         raise QwenJaxError(f"--save-prefix {save_prefix}: exists already: choose another folder or remove it")
 
 
-def _prefill(llm: LLM, text: Prompt) -> Document:
+def _check_room(llm: LLM, document: int, questions: list[str], params: SamplingParams) -> None:
+    """Refuses a question that would not fit behind the document before the document is prefilled, which may take long."""
+    longest = max((len(llm.token_ids(question)) for question in questions), default=0)
+    new = (params.max_new_tokens or 1) if questions else 0
+    if document + longest + new > llm.max_len:
+        raise QwenJaxError(
+            f"a document of {document} tokens, a question of {longest} and {new} new tokens do not fit "
+            f"max_len={llm.max_len}: raise --max-len, or shorten the document"
+        )
+
+
+def _prefill(llm: LLM, ids: np.ndarray) -> Document:
     import jax
 
     start = time.perf_counter()
-    document = llm.prefill(text)
+    document = llm.prefill(ids)
     jax.block_until_ready(document.cache)
     seconds = time.perf_counter() - start
-    typer.echo(
-        f"document: {len(document):,} tokens in {seconds:.2f} s ({len(document) / seconds:,.0f} tokens/s)",
-        err=True,
-    )
+    speed = len(document) / seconds
+    typer.echo(f"document: {len(document):,} tokens in {seconds:.2f} s ({speed:,.0f} a second)", err=True)
     return document
 
 
@@ -220,9 +236,7 @@ def _answer_all(
     for number, text in enumerate(questions):
         if len(questions) > 1:
             typer.echo(("\n" if number else "") + f"> {text}", err=True)
-        if not text.strip():
-            raise QwenJaxError("--question: the question is empty")
-        _answer(llm, frame.question(text if frame == RAW else text.strip()), params, document, stream=stream)
+        _answer(llm, frame.question(text), params, document, stream=stream)
 
 
 def _answer(
