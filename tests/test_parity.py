@@ -7,7 +7,7 @@ on freshly drawn weights, and transformers loads what our converter exports.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import importlib
 import json
 import secrets
 from pathlib import Path
@@ -184,14 +184,9 @@ def _tensors(folder: Path) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def recorder() -> ModuleType:
     pytest.importorskip("torch", reason="the live comparison needs torch; the recorded one has run")
-    spec = importlib.util.spec_from_file_location(
-        "make_hf_goldens", HERE.parent / "scripts" / "make_hf_goldens.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(HERE.parent / "scripts")
+        return importlib.import_module("make_hf_goldens")
 
 
 @pytest.mark.filterwarnings("default")  # torch and transformers may warn about themselves
