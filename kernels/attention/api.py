@@ -11,11 +11,16 @@ from collections.abc import Callable
 import jax
 
 from qwen_jax.kernels.attention import reference
+from qwen_jax.kernels.backends import on_gpu
 from qwen_jax.rope import Rotary
 
 Backend = Callable[..., tuple[jax.Array, jax.Array]]
 
-BACKENDS: dict[str, Backend] = {"xla": reference.attend}
+BACKENDS: dict[str, Backend] = {
+    "mosaic_gpu": on_gpu("qwen_jax.kernels.attention.mosaic_gpu", "attend"),
+    "cudnn": on_gpu("qwen_jax.kernels.attention.cudnn", "attend"),
+    "xla": reference.attend,
+}
 
 
 def attend(

@@ -6,12 +6,16 @@ from collections.abc import Callable
 
 import jax
 
+from qwen_jax.kernels.backends import on_gpu
 from qwen_jax.kernels.decode_attention import reference
 from qwen_jax.rope import Rotary
 
 Backend = Callable[..., tuple[jax.Array, jax.Array]]
 
-BACKENDS: dict[str, Backend] = {"xla": reference.decode_attend}
+BACKENDS: dict[str, Backend] = {
+    "mosaic_gpu": on_gpu("qwen_jax.kernels.decode_attention.mosaic_gpu", "decode_attend"),
+    "xla": reference.decode_attend,
+}
 
 
 def decode_attend(

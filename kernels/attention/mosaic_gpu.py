@@ -1,0 +1,136 @@
+"""Prefill attention on NVIDIA Hopper GPUs: what the Mosaic GPU kernel serves, and how a call is laid out for it."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qwen_jax.kernels.attention import reference
+from qwen_jax.kernels.attention.hopper import Problem, Tiling, prefill
+from qwen_jax.kernels.attention.specs import tiling_for
+from qwen_jax.kernels.hopper import LOG2E, why_not_hopper
+from qwen_jax.rope import Rotary, Stage
+
+_ROW_TILE = 8  # TMA with swizzled tiles moves rows in eights
+
+
+def attend(
+    q_BTNH: jax.Array,
+    k_LBKSH: jax.Array,
+    v_LBKSH: jax.Array,
+    *,
+    layer: jax.Array | int,
+    q_start: jax.Array | int,
+    kv_len_B: jax.Array,
+    rotary: Rotary,
+    scale_B: jax.Array,
+    tiling: Tiling | None = None,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array]:
+    """See `kernels.attention.api.attend`. scale_B must be positive, and K and V finite up to the end of a key tile.
+
+    Differentiable in q, k, v and scale: the backward pass is the reference's.
+
+    Args:
+        tiling: sizes of the kernel; None for the tuned ones.
+        interpret: parameters of jax's GPU interpreter, to run without a GPU.
+
+    Raises:
+        NotImplementedError: not a Hopper GPU, or shapes and dtypes the kernel does not serve.
+    """
+    if not interpret and (reason := why_not_hopper()):
+        raise NotImplementedError(reason)
+    if reason := refusal(q_BTNH, k_LBKSH, v_LBKSH, rotary):
+        raise NotImplementedError(reason)
+    problem = problem_of(q_BTNH, k_LBKSH, rotary)
+    tiling = tiling or tiling_for(problem, rotary.chunk_len)
+    if rotary.chunk_len and rotary.chunk_len % tiling.block_kv:
+        raise NotImplementedError(
+            f"chunk length {rotary.chunk_len} is not a multiple of the key tile {tiling.block_kv}"
+        )
+    integers = (
+        jnp.asarray(layer, jnp.int32),
+        jnp.asarray(q_start, jnp.int32),
+        jnp.asarray(kv_len_B, jnp.int32),
+    )
+    return _attend((rotary, tiling, interpret), q_BTNH, k_LBKSH, v_LBKSH, scale_B, integers)
+
+
+def refusal(q_BTNH: jax.Array, k_LBKSH: jax.Array, v_LBKSH: jax.Array, rotary: Rotary) -> str | None:
+    """Why the kernel cannot serve these shapes and dtypes, or None."""
+    head_dim, capacity = k_LBKSH.shape[4], k_LBKSH.shape[3]
+    if {q_BTNH.dtype, k_LBKSH.dtype, v_LBKSH.dtype} != {jnp.dtype(jnp.bfloat16)}:
+        return (
+            f"needs bfloat16 queries, keys and values, got {q_BTNH.dtype}, {k_LBKSH.dtype}, {v_LBKSH.dtype}"
+        )
+    if head_dim not in (64, 128):
+        return f"needs a head dimension of 64 or 128, got {head_dim}"
+    if capacity % _ROW_TILE:
+        return f"needs a cache capacity that is a multiple of {_ROW_TILE}, got {capacity}"
+    if rotary.chunk_len and rotary.chunk_len % 64:
+        return f"needs a dual chunk length that is a multiple of 64, got {rotary.chunk_len}"
+    return None
+
+
+def problem_of(q_BTNH: jax.Array, k_LBKSH: jax.Array, rotary: Rotary) -> Problem:
+    """The kernel's problem of a call; queries rounded up to what TMA can move."""
+    B, T, N, H = q_BTNH.shape
+    _, _, K, S, _ = k_LBKSH.shape
+    return Problem(3 if rotary.dca else 1, B, -(-T // _ROW_TILE) * _ROW_TILE, N, K, S, H)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(
+    static: tuple[Rotary, Tiling, Any],
+    q_BTNH: jax.Array,
+    k_LBKSH: jax.Array,
+    v_LBKSH: jax.Array,
+    scale_B: jax.Array,
+    integers: tuple[jax.Array, jax.Array, jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+    rotary, tiling, interpret = static
+    layer, q_start, kv_len_B = integers
+    problem = problem_of(q_BTNH, k_LBKSH, rotary)
+    T, S, H = q_BTNH.shape[1], problem.capacity, problem.head_dim
+    kernel = prefill(problem, tiling, q_BTNH.dtype, interpret)
+    succ, intra = rotary.stage_starts(q_start)
+    out, lse_BNT = kernel(
+        jnp.stack([layer, q_start, succ, intra]),
+        kv_len_B,
+        scale_B.astype(jnp.float32) * LOG2E,
+        _rotations(q_BTNH, q_start, rotary, problem.queries),
+        k_LBKSH.reshape(-1, S, H),
+        v_LBKSH.reshape(-1, S, H),
+    )
+    return out[:, :T], jnp.swapaxes(lse_BNT[..., :T], 1, 2)
+
+
+def _rotations(q_BTNH: jax.Array, q_start: jax.Array, rotary: Rotary, queries: int) -> jax.Array:
+    """The queries as each stage's keys see them, stages in key order: [stages * B, queries, N, H]."""
+    T = q_BTNH.shape[1]
+    i_T = q_start + jnp.arange(T, dtype=jnp.int32)
+    stages = (Stage.INTER, Stage.SUCC, Stage.INTRA) if rotary.dca else (Stage.INTRA,)
+    q = jnp.concatenate([rotary.rotate_queries(q_BTNH, i_T, stage) for stage in stages])
+    return jnp.pad(q, ((0, 0), (0, queries - T), (0, 0), (0, 0)))
+
+
+def _forward(static: Any, q: jax.Array, k: jax.Array, v: jax.Array, scale: jax.Array, integers: Any) -> Any:
+    return _attend(static, q, k, v, scale, integers), (q, k, v, scale, integers)
+
+
+def _backward(static: Any, saved: Any, cotangents: Any) -> Any:
+    rotary = static[0]
+    *arrays, (layer, q_start, kv_len_B) = saved
+
+    def again(q: jax.Array, k: jax.Array, v: jax.Array, scale: jax.Array) -> Any:
+        return reference.attend(
+            q, k, v, layer=layer, q_start=q_start, kv_len_B=kv_len_B, rotary=rotary, scale_B=scale
+        )
+
+    return *jax.vjp(again, *arrays)[1](cotangents), None
+
+
+_attend.defvjp(_forward, _backward)

@@ -1,0 +1,32 @@
+"""Sizes of the prefill kernel: tuned ones in JSON by device, a rule for the rest."""
+
+from __future__ import annotations
+
+import functools
+import json
+from importlib import resources
+
+import jax
+
+from qwen_jax.kernels.attention.hopper import Problem, Tiling
+
+
+def tiling_for(problem: Problem, chunk_len: int | None, device_kind: str | None = None) -> Tiling:
+    """The tuned sizes for this problem on this device (default: the first), or the rule's where none fit.
+
+    chunk_len: s of dual chunk attention, which the key tile must divide, or None.
+    """
+    for entry in _tuned(device_kind or jax.devices()[0].device_kind):
+        if entry["head_dim"] == problem.head_dim:
+            tiling = Tiling(**{**entry["tiling"], "registers": tuple(entry["tiling"]["registers"])})
+            if not chunk_len or chunk_len % tiling.block_kv == 0:
+                return tiling
+    block_kv = 128 if not chunk_len or chunk_len % 128 == 0 else 64
+    return Tiling(block_kv=block_kv, stages=256 // block_kv)
+
+
+@functools.cache
+def _tuned(device_kind: str) -> list[dict]:
+    """What `scripts/tune_attention.py` found for a device; nothing for one it has not seen."""
+    file = resources.files(__package__).joinpath("specs", device_kind.lower().replace(" ", "_") + ".json")
+    return json.loads(file.read_text())["prefill"] if file.is_file() else []

@@ -1,0 +1,258 @@
+"""The Hopper decode kernel, in Pallas Mosaic GPU: keys split over blocks, all query heads of a KV head in one tile.
+
+A block has one consumer warpgroup, which walks its share of the key tiles (`hopper_walk`) with the G query heads padded to 64
+rows, and one producer warpgroup that keeps the ring of K and V tiles full: decode is bound by memory, so what counts is
+bytes in flight. Several blocks may share a multiprocessor. The shares of a row are merged by log-sum-exp afterwards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from qwen_jax.kernels.hopper import Ring, multiprocessors, tiled
+from qwen_jax.kernels.hopper_walk import COLUMN, ROWS, Walk
+
+_LN2 = 0.6931471805599453
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """What can be tuned.
+
+    Attributes:
+        block_kv: keys a tile.
+        stages: tiles of keys, and of values, that the ring holds.
+        blocks_each: blocks that share a multiprocessor (its shared memory must hold their rings).
+    """
+
+    block_kv: int = 128
+    stages: int = 2
+    blocks_each: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The shapes of a call; versions = rotations of the queries: 3 with dual chunk attention, else 1.
+
+    original: L0 of the length temperature, tokens; 0 for none.
+    """
+
+    versions: int
+    batch: int
+    heads: int
+    kv_heads: int
+    capacity: int
+    head_dim: int
+    original: int = 0
+
+    @property
+    def group(self) -> int:
+        """Query heads of one KV head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def rows(self) -> int:
+        """Rows of a partial result: G rounded up to what a copy can move."""
+        return -(-self.group // 8) * 8
+
+
+def shares(problem: Problem, tiling: Tiling) -> int:
+    """Into how many shares the keys of a (row, KV head) are split: as few as leave at most 5% of the blocks idle."""
+    pairs = problem.batch * problem.kv_heads
+    blocks = multiprocessors() * tiling.blocks_each
+    most = max(1, min(pl.cdiv(problem.capacity, tiling.block_kv), 2 * blocks // pairs))
+
+    def busy(n: int) -> float:
+        return pairs * n / (blocks * pl.cdiv(pairs * n, blocks))
+
+    return next((n for n in range(1, most + 1) if busy(n) >= 0.95), max(range(1, most + 1), key=busy))
+
+
+def decode(
+    problem: Problem, tiling: Tiling, dtype: Any, interpret: Any = None
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """The kernel of these shapes: (layer, rows, factors, q, k, v) -> (out [B * K * shares, rows, H], lse [B * K * shares, 64]).
+
+    layer: int32[1]. rows: int32[4 * B], for each row its position, prompt length, first SUCC key, first INTRA key. factors:
+    float32[2 * B], for each row the positive factor from q . k to base-2 exponents for generated keys before their temperature,
+    and for prompt keys. q: [versions * B * K, 64, H], versions in key order. k, v: [L * B * K, S, H].
+    Results are float32, lse natural; shares of a (row, KV head) are consecutive.
+    """
+    B, K, H = problem.batch, problem.kv_heads, problem.head_dim
+    bkv, stages = tiling.block_kv, tiling.stages
+    n_shares = shares(problem, tiling)
+    items = B * K * n_shares
+    blocks = min(multiprocessors() * tiling.blocks_each, items)
+    dca = problem.versions == 3
+
+    def kernel(
+        layer_ref: Any, rows_ref: Any, factors_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, out_ref: Any, lse_ref: Any,
+        q_smem: Any, k_smem: Any, v_smem: Any, o_smem: Any, lse_smem: Any,
+        q_full: Any, q_free: Any, k_full: Any, v_full: Any, kv_free: Any,
+    ) -> None:  # fmt: skip
+        wg = lax.axis_index("wg")
+        block = lax.axis_index("block")
+        ring = Ring(stages, 1, None if Ring.named_fit(stages, 1) and not interpret else kv_free)
+
+        def item(n: jax.Array) -> tuple[jax.Array, ...]:
+            """(batch row, its KV head among all rows', first tile, end tile) of share n; the end may not pass the first."""
+            pair = lax.div(n, n_shares)
+            b = lax.div(pair, K)
+            tiles = lax.div(rows_ref[4 * b] + bkv, bkv)
+            share = lax.rem(n, n_shares)
+            # In this order no product passes int32 for the cache sizes a GPU holds.
+            return b, pair, lax.div(tiles * share, n_shares), lax.div(tiles * (share + 1), n_shares)
+
+        def each_item(body: Callable[..., jax.Array]) -> None:
+            rounds = lax.div(items - 1 - block, jnp.int32(blocks)) + 1
+            lax.fori_loop(0, rounds, lambda r, done: body(r * blocks + block, done), jnp.int32(0))
+
+        def stage_tiles(b: jax.Array) -> tuple[jax.Array, jax.Array]:
+            """Tiles [0, succ) are INTER, [succ, intra) SUCC, the rest INTRA."""
+            return lax.div(rows_ref[4 * b + 2], bkv), lax.div(rows_ref[4 * b + 3], bkv)
+
+        def consume(n: jax.Array, first: jax.Array) -> jax.Array:
+            """One share. `first` counts the key tiles this block has consumed before."""
+            b, _, lo, hi = item(n)
+            succ, intra = stage_tiles(b)
+            position, prompt_len = rows_ref[4 * b], rows_ref[4 * b + 1]
+            generated, prompt = factors_ref[2 * b], factors_ref[2 * b + 1]
+            end = jnp.minimum(
+                position + 1, hi * bkv
+            )  # a share without tiles sees nothing of the tile it gets
+            hi = jnp.maximum(hi, lo + 1)
+
+            def switch_queries(j: jax.Array) -> None:
+                if dca:
+
+                    @pl.when((j == succ) | (j == intra))
+                    def _() -> None:
+                        plgpu.barrier_arrive(q_free)
+                        plgpu.barrier_wait(q_full)
+
+            def visible(s: jax.Array, j: jax.Array) -> jax.Array:
+                key = plgpu.broadcasted_iota(jnp.int32, (bkv,), 0, layout=COLUMN) + j * bkv
+                if problem.original:
+                    length = jnp.maximum(key + 1, problem.original).astype(jnp.float32) * (
+                        1 / problem.original
+                    )
+                    own = (1 + 0.1 * _LN2 * jnp.log2(length)) * (generated / prompt)
+                    s = s * lax.broadcast_in_dim(jnp.where(key < prompt_len, 1.0, own), s.shape, [1])
+                return jnp.where(lax.broadcast_in_dim(key < end, s.shape, [1]), s, -jnp.inf)
+
+            def free_queries() -> None:  # the next share's may come
+                plgpu.barrier_arrive(q_free)
+
+            walk = Walk(
+                q_smem,
+                k_smem,
+                v_smem,
+                k_full,
+                v_full,
+                ring,
+                None,
+                switch_queries,
+                free_queries,
+                visible,
+                bool(interpret),
+            )
+            plgpu.barrier_wait(q_full)
+            plain = jnp.minimum(end, prompt_len) if problem.original else end
+            softmax = walk(lo, jnp.minimum(lax.div(plain, bkv), hi), hi, first, prompt)
+
+            out, natural = softmax.normalised()
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the share before has left o and lse
+            o_smem[...] = out
+            lse_smem[...] = natural
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(o_smem.at[pl.ds(0, problem.rows)], out_ref.at[n])
+            plgpu.copy_smem_to_gmem(lse_smem, lse_ref.at[n])
+            return first + hi - lo
+
+        def load_keys_and_values(n: jax.Array, first: jax.Array) -> jax.Array:
+            _, pair, lo, hi = item(n)
+            hi = jnp.maximum(hi, lo + 1)
+            at = layer_ref[0] * (B * K) + pair
+
+            def load(j: jax.Array, _: None) -> None:
+                count = first + j - lo
+                slot = lax.rem(count, jnp.int32(stages))
+                keys = pl.ds(j * bkv, bkv)
+                pl.when(count >= stages)(lambda: ring.await_key(slot))
+                plgpu.copy_gmem_to_smem(k_ref.at[at, keys], k_smem.at[slot], k_full.at[slot])
+                pl.when(count >= stages)(lambda: ring.await_value(slot))
+                plgpu.copy_gmem_to_smem(v_ref.at[at, keys], v_smem.at[slot], v_full.at[slot])
+
+            lax.fori_loop(lo, hi, load, None)
+            return first + hi - lo
+
+        def load_queries(n: jax.Array, done: jax.Array) -> jax.Array:
+            """The queries of a share, in the rotation of each stage that it reaches. `done` counts the loads before."""
+            b, pair, lo, hi = item(n)
+            last = jnp.maximum(hi - 1, lo)
+
+            def load(version: jax.Array, count: jax.Array) -> jax.Array:
+                pl.when(count > 0)(lambda: plgpu.barrier_wait(q_free))
+                plgpu.copy_gmem_to_smem(q_ref.at[version * (B * K) + pair], q_smem, q_full)
+                return count + 1
+
+            if not dca:
+                return load(jnp.int32(0), done)
+            succ, intra = stage_tiles(b)
+
+            def version(tile: jax.Array) -> jax.Array:
+                return (tile >= succ).astype(jnp.int32) + (tile >= intra).astype(jnp.int32)
+
+            return lax.fori_loop(version(lo), version(last) + 1, load, done)
+
+        @pl.when(wg == 0)
+        def _consume() -> None:
+            plgpu.set_max_registers(208 if tiling.blocks_each > 1 else 240, action="increase")
+            each_item(consume)
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(wg == 1)
+        def _produce() -> None:
+            plgpu.set_max_registers(40, action="decrease")
+
+            @plgpu.warp_map
+            def _(warp: jax.Array) -> None:
+                @pl.when(warp == 0)
+                def _() -> None:
+                    each_item(load_keys_and_values)
+
+                @pl.when(warp == 1)
+                def _() -> None:
+                    each_item(load_queries)
+
+    kv_ring = plgpu.SMEM((stages, bkv, H), dtype, transforms=tiled(2))
+    return plgpu.kernel(
+        kernel,
+        out_type=[
+            jax.ShapeDtypeStruct((items, problem.rows, H), jnp.float32),
+            jax.ShapeDtypeStruct((items, ROWS), jnp.float32),
+        ],
+        scratch_types=[
+            plgpu.SMEM((ROWS, H), dtype, transforms=tiled(2)), kv_ring, kv_ring,
+            plgpu.SMEM((ROWS, H), jnp.float32, transforms=tiled(4)), plgpu.SMEM((ROWS,), jnp.float32),
+            plgpu.Barrier(), plgpu.Barrier(),
+            plgpu.Barrier(num_barriers=stages), plgpu.Barrier(num_barriers=stages),
+            plgpu.Barrier(num_barriers=2 * stages),
+        ],
+        grid=(blocks,),
+        grid_names=("block",),
+        num_threads=2,
+        thread_name="wg",
+        interpret=interpret,
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+        ),
+    )  # fmt: skip

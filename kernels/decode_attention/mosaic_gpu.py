@@ -1,0 +1,102 @@
+"""Decode attention on NVIDIA Hopper GPUs: what the Mosaic GPU kernel serves, how a call is laid out for it, the merge."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qwen_jax.kernels.decode_attention.hopper import Problem, Tiling, decode, shares
+from qwen_jax.kernels.decode_attention.specs import tiling_for
+from qwen_jax.kernels.hopper import LOG2E, why_not_hopper
+from qwen_jax.kernels.hopper_walk import ROWS
+from qwen_jax.kernels.merge import merge
+from qwen_jax.rope import Rotary, Stage, temperature
+
+
+def decode_attend(
+    q_BNH: jax.Array,
+    k_LBKSH: jax.Array,
+    v_LBKSH: jax.Array,
+    *,
+    layer: jax.Array | int,
+    position_B: jax.Array,
+    prompt_len_B: jax.Array,
+    rotary: Rotary,
+    scale_B: jax.Array,
+    tiling: Tiling | None = None,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array]:
+    """See `kernels.decode_attention.api.decode_attend`. scale_B must be positive, K and V finite to the end of a key tile.
+
+    Args:
+        tiling: sizes of the kernel; None for the tuned ones.
+        interpret: parameters of jax's GPU interpreter, to run without a GPU.
+
+    Raises:
+        NotImplementedError: not a Hopper GPU, or shapes and dtypes the kernel does not serve.
+    """
+    if not interpret and (reason := why_not_hopper()):
+        raise NotImplementedError(reason)
+    if reason := refusal(q_BNH, k_LBKSH, v_LBKSH, rotary):
+        raise NotImplementedError(reason)
+    B, N, H = q_BNH.shape
+    K, S = k_LBKSH.shape[2:4]
+    problem = Problem(
+        3 if rotary.dca else 1,
+        B,
+        N,
+        K,
+        S,
+        H,
+        rotary.dca.original_max_position_embeddings if rotary.dca else 0,
+    )
+    tiling = tiling or tiling_for(problem, rotary.chunk_len)
+    if rotary.chunk_len and rotary.chunk_len % tiling.block_kv:
+        raise NotImplementedError(
+            f"chunk length {rotary.chunk_len} is not a multiple of the key tile {tiling.block_kv}"
+        )
+    position_B, prompt_len_B = (jnp.asarray(x, jnp.int32) for x in (position_B, prompt_len_B))
+    query_B = jnp.maximum(position_B, 0)
+    generated_B = scale_B.astype(jnp.float32) * LOG2E
+    out, lse = decode(problem, tiling, q_BNH.dtype, interpret)(
+        jnp.asarray(layer, jnp.int32).reshape(1),
+        jnp.stack([position_B, prompt_len_B, *rotary.stage_starts(query_B)], axis=1).reshape(-1),
+        jnp.stack([generated_B, generated_B * temperature(prompt_len_B, problem.original)], axis=1).reshape(
+            -1
+        ),
+        _rotations(q_BNH, query_B, rotary, problem),
+        k_LBKSH.reshape(-1, S, H),
+        v_LBKSH.reshape(-1, S, H),
+    )
+    P, G = shares(problem, tiling), problem.group
+    out_BKPGH = out.reshape(B, K, P, problem.rows, H)[:, :, :, :G]
+    lse_BKPG = lse.reshape(B, K, P, ROWS)[..., :G]
+    merged_BKGH, merged_BKG = merge(out_BKPGH, lse_BKPG, axis=2)
+    return merged_BKGH.reshape(B, N, H).astype(q_BNH.dtype), merged_BKG.reshape(B, N)
+
+
+def refusal(q_BNH: jax.Array, k_LBKSH: jax.Array, v_LBKSH: jax.Array, rotary: Rotary) -> str | None:
+    """Why the kernel cannot serve these shapes and dtypes, or None."""
+    K, capacity, head_dim = k_LBKSH.shape[2:]
+    if {q_BNH.dtype, k_LBKSH.dtype, v_LBKSH.dtype} != {jnp.dtype(jnp.bfloat16)}:
+        return f"needs bfloat16 queries, keys and values, got {q_BNH.dtype}, {k_LBKSH.dtype}, {v_LBKSH.dtype}"
+    if head_dim not in (64, 128):
+        return f"needs a head dimension of 64 or 128, got {head_dim}"
+    if q_BNH.shape[1] // K > ROWS:
+        return f"needs at most {ROWS} query heads a KV head, got {q_BNH.shape[1] // K}"
+    if capacity % 8:
+        return f"needs a cache capacity that is a multiple of 8, got {capacity}"
+    if rotary.chunk_len and rotary.chunk_len % 64:
+        return f"needs a dual chunk length that is a multiple of 64, got {rotary.chunk_len}"
+    return None
+
+
+def _rotations(q_BNH: jax.Array, position_B: jax.Array, rotary: Rotary, problem: Problem) -> jax.Array:
+    """The queries as each stage's keys see them, stages in key order, heads padded to a tile: [stages * B * K, 64, H]."""
+    stages = (Stage.INTER, Stage.SUCC, Stage.INTRA) if rotary.dca else (Stage.INTRA,)
+    q_B1NH, position_B1 = q_BNH[:, None], position_B[:, None]
+    q = jnp.stack([rotary.rotate_queries(q_B1NH, position_B1, stage) for stage in stages])
+    q = q.reshape(-1, problem.group, problem.head_dim)
+    return jnp.pad(q, ((0, 0), (0, ROWS - problem.group), (0, 0)))

@@ -1,0 +1,296 @@
+"""Times attention on an NVIDIA GPU against the peers that are installed, in one run, and writes benchmarks/attention-*.json.
+
+    python scripts/bench_attention.py [--only causal-8k,decode-1m] [--heads 28/4,40/8] [--out benchmarks/attention.json]
+
+Every contender's output is checked against float32 on sampled rows before it is timed; contenders take turns, so that none
+gets a cooler chip. Peers take no query offset: for a chunk at the end of a long prompt they run a rectangle, a square and a
+merge. TFLOP/s count the visible pairs only: 4 * pairs * N * H. Decode counts the bytes of K and V read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import importlib
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import attention_tools as tools
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwen_jax.config import DualChunk
+from qwen_jax.kernels.attention.api import attend
+from qwen_jax.kernels.decode_attention.api import decode_attend
+
+HEAD_DIM = 128
+TOLERANCE = 1e-2
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Queries start .. start + queries of one prompt, or one query after `start` keys."""
+
+    queries: int
+    start: int
+    dca: DualChunk | None = None
+
+    @property
+    def keys(self) -> int:
+        return self.start + self.queries
+
+    @property
+    def pairs(self) -> int:
+        return self.queries * self.start + self.queries * (self.queries + 1) // 2
+
+
+K = 1024
+SHAPES = {
+    "causal-8k": Shape(8 * K, 0),
+    "causal-32k": Shape(32 * K, 0),
+    "causal-128k": Shape(128 * K, 0),
+    "chunk-at-128k": Shape(32 * K, 96 * K),
+    "chunk-at-256k": Shape(32 * K, 224 * K),
+    "chunk-at-1m": Shape(32 * K, 992 * K),
+    "plain-second-chunk": Shape(8 * K, 253_952),
+    "dca-second-chunk": Shape(8 * K, 253_952, tools.QWEN_1M),
+    "plain-end": Shape(27_000 // 8 * 8, 983_000),
+    "dca-end": Shape(27_000 // 8 * 8, 983_000, tools.QWEN_1M),
+    "decode-128k": Shape(1, 128 * K - 1),
+    "decode-1m": Shape(1, 1024 * K - 1),
+    "decode-1m-dca": Shape(1, 1024 * K - 1, tools.QWEN_1M),
+}
+
+
+@dataclasses.dataclass
+class Inputs:
+    """One call's arrays: q [1, T, N, H], k and v [1, 1, K, S, H]."""
+
+    shape: Shape
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+
+    @property
+    def head_dim(self) -> int:
+        return self.q.shape[3]
+
+
+Contender = tuple[
+    Callable[[], Any], Callable[[Any], None], Callable[[Any], jax.Array]
+]  # start, wait, out [T, N, H]
+
+
+def ours(inputs: Inputs, backend: str, **options: Any) -> Contender:
+    """The public call, compiled; `options` go to the backend."""
+    rotary = tools.rotary(inputs.head_dim, inputs.shape.dca)
+    shape = inputs.shape
+    scale = jnp.full(1, inputs.head_dim**-0.5, jnp.float32)
+    function = decode_attend if shape.queries == 1 else attend
+    if options:
+        name = "decode_attention" if shape.queries == 1 else "attention"
+        function = getattr(importlib.import_module(f"qwen_jax.kernels.{name}.{backend}"), function.__name__)
+    else:
+        options = {"backend": backend}
+    call = jax.jit(functools.partial(function, rotary=rotary, **options))
+    if shape.queries == 1:
+        at = jnp.full(1, shape.start, jnp.int32)
+        arguments = {"position_B": at, "prompt_len_B": at, "scale_B": scale, "layer": jnp.int32(0)}
+        q = inputs.q[:, 0]
+    else:
+        length = jnp.full(1, shape.keys, jnp.int32)
+        arguments = {
+            "q_start": jnp.int32(shape.start),
+            "kv_len_B": length,
+            "scale_B": scale,
+            "layer": jnp.int32(0),
+        }
+        q = inputs.q
+    compiled = call.lower(q, inputs.k, inputs.v, **arguments).compile()
+    return (
+        lambda: compiled(q, inputs.k, inputs.v, **arguments),
+        jax.block_until_ready,
+        lambda result: result[0].reshape(shape.queries, *inputs.q.shape[2:]),
+    )
+
+
+def torch_sdpa(inputs: Inputs, kind: str) -> Contender:
+    """torch's cuDNN or FlashAttention-2 kernel on the rotated queries."""
+    import torch
+
+    rotary = tools.rotary(inputs.head_dim, None)
+    shape = inputs.shape
+    q = rotary.rotate(inputs.q, shape.start + jnp.arange(shape.queries))
+    q_t, k_t, v_t = (torch.from_dlpack(x) for x in (q, inputs.k, inputs.v))
+    q_t, k_t, v_t = q_t.transpose(1, 2), k_t[0], v_t[0]
+    scale = inputs.head_dim**-0.5
+
+    def part(k: Any, v: Any, causal: bool) -> tuple[Any, Any]:
+        if kind == "cudnn":
+            return torch.ops.aten._scaled_dot_product_cudnn_attention(
+                q_t, k, v, None, True, 0.0, causal, False, scale=scale
+            )[:2]
+        group = q_t.shape[1] // k.shape[1]
+        k, v = (x.repeat_interleave(group, 1) for x in (k, v)) if group > 1 else (k, v)
+        return torch.ops.aten._scaled_dot_product_flash_attention(q_t, k, v, 0.0, causal, False, scale=scale)[
+            :2
+        ]
+
+    def start() -> Any:
+        if shape.queries == 1:
+            return part(k_t[:, :, : shape.keys], v_t[:, :, : shape.keys], False)[0]
+        new = slice(shape.start, shape.keys)
+        out, lse = part(k_t[:, :, new], v_t[:, :, new], True)
+        if shape.start == 0:
+            return out
+        old_out, old_lse = part(k_t[:, :, : shape.start], v_t[:, :, : shape.start], False)
+        shape_of = (*out.shape[:3], 1)
+        weight = torch.sigmoid(old_lse.reshape(shape_of) - lse.reshape(shape_of))
+        return torch.lerp(out.float(), old_out.float(), weight).to(out.dtype)
+
+    return (
+        start,
+        lambda _: torch.cuda.synchronize(),
+        lambda out: jnp.asarray(out[0].transpose(0, 1).float().cpu().numpy()),
+    )
+
+
+def jax_cudnn(inputs: Inputs) -> Contender:
+    """jax.nn's cuDNN attention where it applies (from position 0), else our merge of cuDNN parts."""
+    shape = inputs.shape
+    if shape.start and shape.queries > 1:
+        return ours(inputs, "cudnn")
+    rotary = tools.rotary(inputs.head_dim, None)
+    q = rotary.rotate(inputs.q, shape.start + jnp.arange(shape.queries))
+    k, v = (jnp.swapaxes(x[0], 1, 2)[:, : shape.keys] for x in (inputs.k, inputs.v))
+    call = jax.jit(
+        functools.partial(
+            jax.nn.dot_product_attention,
+            scale=inputs.head_dim**-0.5,
+            is_causal=shape.queries > 1,
+            implementation="cudnn",
+        )
+    )
+    compiled = call.lower(q, k, v).compile()
+    return lambda: compiled(q, k, v), jax.block_until_ready, lambda out: out[0]
+
+
+def contenders(inputs: Inputs, wanted: list[str]) -> dict[str, Callable[[], Contender]]:
+    """Everything that can be timed on these inputs, by name."""
+    decode = inputs.shape.queries == 1
+    found: dict[str, Callable[[], Contender]] = {"mosaic_gpu": lambda: ours(inputs, "mosaic_gpu")}
+    if decode:
+        found["xla"] = lambda: ours(inputs, "xla")
+    if not inputs.shape.dca:
+        found["torch cudnn"] = lambda: torch_sdpa(inputs, "cudnn")
+        found["torch flash"] = lambda: torch_sdpa(inputs, "flash")
+        found["jax cudnn"] = lambda: jax_cudnn(inputs)
+    return {name: make for name, make in found.items() if not wanted or name in wanted}
+
+
+def measure(
+    name: str, shape: Shape, heads: tuple[int, int], make: Any, rounds: int, head_dim: int = HEAD_DIM
+) -> list[dict[str, Any]]:
+    """One shape: every contender checked, then timed in turn; a row each, with the reason where one could not run."""
+    N, kv_heads = heads
+    capacity = -(-shape.keys // 8) * 8
+    inputs = Inputs(
+        shape,
+        tools.random(1, (1, shape.queries, N, head_dim)),
+        *(tools.random(n, (1, 1, kv_heads, capacity, head_dim)) for n in (2, 3)),
+    )
+    sample = np.unique(np.linspace(0, shape.queries - 1, 4).astype(int))
+    want, _ = tools.exact(
+        inputs.q[0, sample], shape.start + sample, inputs.k[0, 0], inputs.v[0, 0],
+        kv_len=shape.keys, rotary=tools.rotary(head_dim, shape.dca), scale=head_dim**-0.5,
+    )  # fmt: skip
+    rows, runs = [], {}
+    for contender, start in make(inputs).items():
+        row: dict[str, Any] = {"shape": name, "heads": f"{N}/{kv_heads}", "contender": contender}
+        rows.append(row)
+        try:
+            run, wait, output = start()
+            result = run()
+            wait(result)
+            row["error"] = tools.relative_error(output(result)[sample], want)
+            if row["error"] <= TOLERANCE:
+                runs[contender] = (run, wait)
+            else:
+                row["reason"] = f"wrong: relative error {row['error']:.1e}"
+        except (
+            Exception
+        ) as problem:  # a peer that cannot run must not end the run; its reason is part of the result
+            row["reason"] = (
+                f"{type(problem).__name__}: {str(problem).splitlines()[0][:200] if str(problem) else ''}"
+            )
+    for contender, seconds in tools.interleaved_medians(runs, rounds).items():
+        row = next(r for r in rows if r["contender"] == contender)
+        row["ms"] = seconds * 1e3
+        if shape.queries == 1:
+            row["GB/s"] = 4 * shape.keys * kv_heads * head_dim / seconds / 1e9
+        else:
+            row["TFLOP/s"] = 4 * shape.pairs * N * head_dim / seconds / 1e12
+    cudnn = min((r["ms"] for r in rows if "cudnn" in r["contender"] and "ms" in r), default=None)
+    for row in rows:
+        if cudnn and "ms" in row:
+            row["ratio to cuDNN"] = cudnn / row["ms"]
+    return rows
+
+
+def table_line(row: dict[str, Any]) -> str:
+    """One row of the printed table."""
+    name = f"{row['shape']:20} {row['heads']:5} {row['contender']:24}"
+    if "ms" not in row:
+        return f"{name} {row['reason']}"
+    rate = f"{row['TFLOP/s']:7.1f} TFLOP/s" if "TFLOP/s" in row else f"{row['GB/s']:7.0f} GB/s   "
+    ratio = f"{row['ratio to cuDNN']:.3f} x cuDNN" if "ratio to cuDNN" in row else ""
+    return f"{name} {row['ms']:9.3f} ms {rate} error {row['error']:.1e} {ratio}"
+
+
+def environment() -> dict[str, Any]:
+    """Device, versions and date."""
+    found = {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "date": str(datetime.date.today()),
+    }
+    try:
+        import torch
+
+        found |= {"torch": torch.__version__, "cudnn": torch.backends.cudnn.version()}
+    except ImportError:
+        pass
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default="", help=f"shapes, comma separated, of {', '.join(SHAPES)}")
+    parser.add_argument("--heads", default="28/4,40/8", help="query heads / KV heads, comma separated")
+    parser.add_argument("--contenders", default="", help="comma separated; default: all")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/attention.json"))
+    arguments = parser.parse_args()
+    wanted = [name for name in arguments.contenders.split(",") if name]
+    rows = []
+    for name in arguments.only.split(",") if arguments.only else SHAPES:
+        for pair in arguments.heads.split(","):
+            N, kv_heads = map(int, pair.split("/"))
+            new = measure(
+                name, SHAPES[name], (N, kv_heads), lambda x: contenders(x, wanted), arguments.rounds
+            )
+            print("\n".join(map(table_line, new)), flush=True)
+            rows += new
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            arguments.out.write_text(json.dumps({**environment(), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Checks every GPU backend of attention against float32 on the machine at hand; exits 1 if one is off.
+
+    python scripts/check_gpu.py [--seed 0] [--backends mosaic_gpu] [--only 'ends at']
+
+Inputs are fresh normal values, the key cache beyond the last tile is poisoned with NaN, and outputs are compared by relative
+norm: bfloat16 must stay within 1e-2 (2e-3 is usual) and log-sum-exps within 2e-2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+import attention_tools as tools
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwen_jax.config import DualChunk
+from qwen_jax.kernels.attention.api import BACKENDS as PREFILL
+from qwen_jax.kernels.decode_attention.api import BACKENDS as DECODE
+from qwen_jax.rope import temperature
+
+TOLERANCE = 1e-2
+LSE_TOLERANCE = 2e-2
+SMALL = DualChunk(chunk_size=1280, local_size=256, original_max_position_embeddings=1024)  # s = 1024
+S = SMALL.chunk_len
+
+# name: (batch, queries, heads, kv heads, head dim, capacity, q_start, kv_len of each row, dual chunk)
+PREFILL_CASES: dict[str, tuple[Any, ...]] = {
+    "causal square": (1, 1024, 4, 2, 128, 1024, 0, [1024], None),
+    "head 64": (1, 512, 4, 2, 64, 1024, 512, [1024], None),
+    "chunk at an offset, G = 7": (1, 512, 28, 4, 128, 4096, 2048, [2560], None),
+    "odd offset, ragged queries": (1, 333, 4, 1, 128, 2048, 777, [1110], None),
+    "one key": (1, 128, 4, 2, 128, 512, 0, [1], None),
+    "a row that sees nothing": (2, 256, 4, 2, 128, 512, 0, [0, 256], None),
+    "ragged batch": (3, 256, 8, 4, 128, 2048, 1024, [1280, 1100, 3], SMALL),
+    "ends at s - 1": (1, S, 4, 2, 128, 4 * S, 0, [S - 1], SMALL),
+    "ends at s": (1, S, 4, 2, 128, 4 * S, 0, [S], SMALL),
+    "ends at s + 1": (1, 128, 4, 2, 128, 4 * S, S, [S + 1], SMALL),
+    "starts at s": (1, S, 4, 2, 128, 4 * S, S, [2 * S], SMALL),
+    "starts at 2s": (1, S, 4, 2, 128, 4 * S, 2 * S, [3 * S], SMALL),
+    "in the fourth chunk": (1, 512, 4, 2, 128, 4 * S, 3 * S + 256, [3 * S + 768], SMALL),
+    "fourth chunk, head 64, G = 5": (2, 256, 10, 2, 64, 4 * S, 3 * S + 256, [3 * S + 512, 2 * S + 5], SMALL),
+    "many items": (2, 4096, 28, 4, 128, 8192, 4096, [8192, 8000], SMALL),
+}  # fmt: skip
+
+# name: (heads, kv heads, head dim, capacity, positions, prompt lengths, dual chunk)
+DECODE_CASES: dict[str, tuple[Any, ...]] = {
+    "one row": (28, 4, 128, 4096, [4000], [4000], None),
+    "positions 0, 1, none": (4, 2, 128, 512, [0, 1, -1], [1, 1, 0], None),
+    "every stage and boundary": (
+        8, 2, 128, 4 * S, [0, S - 2, S - 1, S, 2 * S - 1, 2 * S, 3 * S + 5], [1, S, 9, S, S, S, 2 * S], SMALL,
+    ),
+    "head 64, generated keys": (10, 2, 64, 4 * S, [3 * S + 77, S + 3], [2 * S, 100], SMALL),
+    "64 rows": (28, 4, 128, 4096, [60 * b + 17 for b in range(64)], [30 * b + 5 for b in range(64)], SMALL),
+    "long": (28, 4, 128, 1 << 18, [(1 << 18) - 2], [(1 << 18) - 500], SMALL),
+}  # fmt: skip
+
+
+def check_prefill(backend: str, case: tuple[Any, ...], seed: int) -> tuple[float, float, bool]:
+    """(worst relative error of out, worst error of lse, are empty rows 0 and -inf)."""
+    B, T, N, K, H, capacity, q_start, kv_len, dca = case
+    rotary = tools.rotary(H, dca)
+    layers, layer, scale = 2, 1, 1.3 * H**-0.5
+    q = tools.random(seed, (B, T, N, H))
+    k, v = (tools.random(seed + n, (layers, B, K, capacity, H)) for n in (1, 2))
+    end = min(capacity, -(-(q_start + T) // 512) * 512)
+    k, v = (x.at[:, :, :, end:].set(jnp.nan) for x in (k, v))
+
+    @jax.jit
+    def run(
+        q: jax.Array, k: jax.Array, v: jax.Array, layer: Any, q_start: Any, kv_len: Any, scale: Any
+    ) -> Any:
+        return PREFILL[backend](
+            q, k, v, layer=layer, q_start=q_start, kv_len_B=kv_len, rotary=rotary, scale_B=scale
+        )
+
+    out, lse = run(
+        q,
+        k,
+        v,
+        jnp.int32(layer),
+        jnp.int32(q_start),
+        jnp.array(kv_len, jnp.int32),
+        jnp.full(B, scale, jnp.float32),
+    )
+    worst_out, worst_lse, empty_right = 0.0, 0.0, True
+    rows = np.unique(np.linspace(0, T - 1, min(T, 256)).astype(int))
+    for b in range(B):
+        want, want_lse = tools.exact(
+            q[b, rows], q_start + rows, k[layer, b, :, :end], v[layer, b, :, :end],
+            kv_len=kv_len[b], rotary=rotary, scale=scale,
+        )  # fmt: skip
+        empty = np.isneginf(want_lse)
+        got, got_lse = out[b, rows], np.asarray(lse[b, rows])
+        empty_right &= (
+            bool((np.isneginf(got_lse) == empty).all()) and not np.asarray(got, np.float32)[empty].any()
+        )
+        worst_out = max(worst_out, tools.relative_error(got, want))
+        worst_lse = max(worst_lse, float(np.abs(np.where(empty, 0, got_lse - np.asarray(want_lse))).max()))
+    return worst_out, worst_lse, empty_right
+
+
+def check_decode(backend: str, case: tuple[Any, ...], seed: int) -> tuple[float, float, bool]:
+    """Like `check_prefill`."""
+    N, K, H, capacity, positions, prompts, dca = case
+    B = len(positions)
+    rotary = tools.rotary(H, dca)
+    layers, layer, scale = 2, 1, 1.3 * H**-0.5
+    q = tools.random(seed, (B, N, H))
+    k, v = (tools.random(seed + n, (layers, B, K, capacity, H)) for n in (1, 2))
+
+    @jax.jit
+    def run(
+        q: jax.Array, k: jax.Array, v: jax.Array, layer: Any, position: Any, prompt: Any, scale: Any
+    ) -> Any:
+        return DECODE[backend](
+            q, k, v, layer=layer, position_B=position, prompt_len_B=prompt, rotary=rotary, scale_B=scale
+        )
+
+    out, lse = run(
+        q, k, v, jnp.int32(layer), jnp.array(positions), jnp.array(prompts), jnp.full(B, scale, jnp.float32)
+    )
+    original = dca.original_max_position_embeddings if dca else 0
+    worst_out, worst_lse, empty_right = 0.0, 0.0, True
+    for b in range(B):
+        if positions[b] < 0:
+            empty_right &= bool(np.isneginf(lse[b]).all()) and not np.asarray(out[b], np.float32).any()
+            continue
+        j = jnp.arange(capacity)
+        want, want_lse = tools.exact(
+            q[b][None], np.array([positions[b]]), k[layer, b], v[layer, b],
+            kv_len=capacity, rotary=rotary, scale=scale,
+            key_factor_S=temperature(jnp.where(j < prompts[b], prompts[b], j + 1), original),
+        )  # fmt: skip
+        worst_out = max(worst_out, tools.relative_error(out[b], want[0]))
+        worst_lse = max(worst_lse, float(np.abs(np.asarray(lse[b]) - np.asarray(want_lse[0])).max()))
+    return worst_out, worst_lse, empty_right
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--backends", default="mosaic_gpu,cudnn", help="comma separated")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    arguments = parser.parse_args()
+    failures = 0
+    for kind, cases, backends, check in (
+        ("prefill", PREFILL_CASES, PREFILL, check_prefill),
+        ("decode", DECODE_CASES, DECODE, check_decode),
+    ):
+        for backend in arguments.backends.split(","):
+            for name, case in cases.items() if backend in backends else ():
+                if arguments.only not in name:
+                    continue
+                try:
+                    error, lse_error, empty_right = check(backend, case, arguments.seed)
+                except NotImplementedError as refusal:
+                    print(f"refused  {kind:8} {backend:10} {name}: {refusal}")
+                    continue
+                good = error <= TOLERANCE and lse_error <= LSE_TOLERANCE and empty_right
+                failures += not good
+                verdict = "ok      " if good else "FAILED  "
+                print(
+                    f"{verdict} {kind:8} {backend:10} {name}: out {error:.1e} lse {lse_error:.1e}", flush=True
+                )
+    print(f"{failures} failures")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
