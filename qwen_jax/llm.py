@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +34,7 @@ from qwen_jax.sampling import (
     row_keys,
     seen_tokens,
 )
-from qwen_jax.tokenizer import Tokenizer
+from qwen_jax.tokenizer import Tokenizer, has_tokenizer
 
 Prompt = str | Sequence[int] | np.ndarray
 STREAM_BLOCK = 8  # tokens between two pieces of streamed text
@@ -100,11 +101,11 @@ class LLM:
                 self.model = load(folder, dtype=dtype, mesh=mesh, dca=dca, progress=bar)
             self.defaults = GenerationDefaults.from_folder(folder)
             self.tokenizer = tokenizer
-            if tokenizer is None and any(
-                (folder / name).is_file() for name in ("tokenizer.json", "vocab.json")
-            ):
+            if tokenizer is None and has_tokenizer(folder):
                 self.tokenizer = Tokenizer.from_folder(folder)
         self.config = self.model.config
+        if not self.defaults.eos_token_ids:
+            self.defaults = dataclasses.replace(self.defaults, eos_token_ids=self.config.eos_token_ids)
         positions = self.config.max_position_embeddings
         self.max_len = positions if max_len is None else max_len
         if self.max_len < 1:

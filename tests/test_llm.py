@@ -1,0 +1,247 @@
+"""`LLM`, documents and chat, on a random model whose tokens are bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qwen_jax import LLM, Chat, QwenJaxError, SamplingParams
+from qwen_jax.config import DualChunk
+from tests import tiny_checkpoint
+from tests.tiny_model import CONFIG, random_model
+
+DCA = CONFIG.dual_chunk
+assert DCA is not None
+S, L0 = DCA.chunk_len, DCA.original_max_position_embeddings
+GREEDY = SamplingParams(max_new_tokens=12, greedy=True, ignore_eos=True)
+SAMPLED = SamplingParams(max_new_tokens=12, temperature=1.5, top_k=40, top_p=0.95, seed=3, ignore_eos=True)
+rng = np.random.default_rng(0)
+ROWS = [rng.integers(0, CONFIG.vocab_size, n) for n in (5, 2 * S + 9, S)]
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM(random_model(), max_len=256, prefill_chunk=32)
+
+
+@pytest.fixture(scope="module")
+def text_llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
+    return LLM(tiny_checkpoint.write(tmp_path_factory.mktemp("llm") / "ckpt"), max_len=512)
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_each_row_of_a_batch_gives_the_tokens_it_gives_alone(llm: LLM, params: SamplingParams) -> None:
+    together = llm.generate(ROWS, params)
+    assert [g.token_ids for g in together] == [llm.generate(row, params).token_ids for row in ROWS]
+    assert len({tuple(g.token_ids) for g in together}) == len(ROWS)
+
+
+def test_greedy_decoding_follows_the_full_forward_pass(llm: LLM) -> None:
+    """While the temperature is 1 throughout, prefill and decode must pick what `model(tokens)` picks token by token."""
+    tokens = list(ROWS[0])
+    answer = llm.generate(tokens, GREEDY).token_ids
+    padded = jnp.zeros((1, L0), jnp.int32)
+    for token in answer:
+        logits = llm.model(padded.at[0, : len(tokens)].set(jnp.array(tokens)), jnp.array([len(tokens)]))
+        assert int(logits[0, len(tokens) - 1].argmax()) == token
+        tokens.append(token)
+
+
+def test_seeds_differ_and_repeat(llm: LLM) -> None:
+    answers = [
+        llm.generate(ROWS[0], SamplingParams(max_new_tokens=12, temperature=1.5, seed=s)).token_ids
+        for s in (1, 2, 1)
+    ]
+    assert answers[0] == answers[2] != answers[1]
+
+
+def test_repetition_penalty_forbids_what_was_said(llm: LLM) -> None:
+    params = SamplingParams(max_new_tokens=12, greedy=True, repetition_penalty=1e6, ignore_eos=True)
+    answer = llm.generate(ROWS[0], params).token_ids
+    assert len(set(answer)) == len(answer)
+    assert not set(answer) & set(ROWS[0].tolist())
+
+
+def test_an_end_token_ends_a_row_and_leaves_the_others_alone(llm: LLM) -> None:
+    plain = [g.token_ids for g in llm.generate(ROWS, GREEDY)]
+    end = plain[1][4]
+    stopping = SamplingParams(max_new_tokens=12, greedy=True, eos_token_ids=(end,))
+    answers = llm.generate(ROWS, [GREEDY, stopping, GREEDY])
+    assert answers[1].token_ids == plain[1][: plain[1].index(end) + 1]
+    assert [a.finish_reason for a in answers] == ["length", "eos", "length"]
+    assert [answers[0].token_ids, answers[2].token_ids] == [plain[0], plain[2]]
+
+
+def test_the_configs_end_tokens_count_when_there_is_no_generation_config(llm: LLM) -> None:
+    assert llm.defaults.eos_token_ids == CONFIG.eos_token_ids
+
+
+def test_score_is_the_log_softmax_of_the_logits(llm: LLM) -> None:
+    ids = ROWS[1]
+    want = jax.nn.log_softmax(llm.model(jnp.asarray(ids)[None]))[0]
+    got = llm.score(ids)
+    assert got.shape == (len(ids) - 1,)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, np.asarray(want)[np.arange(len(ids) - 1), ids[1:]], atol=2e-5)
+
+
+# One document, many questions.
+
+
+def test_a_question_about_a_document_equals_a_fresh_prefill_of_both(llm: LLM) -> None:
+    """Up to original_max_position_embeddings, as often as one asks, whatever was asked in between."""
+    document, questions = ROWS[2], [ROWS[0], ROWS[0][::-1]]
+    assert len(document) + len(questions[0]) <= L0
+    prefix = llm.prefill(document)
+    for question in [*questions, questions[0]]:
+        whole = np.concatenate([document, question])
+        asked = llm.generate(question, GREEDY, prefix=prefix)
+        assert asked == llm.generate(whole, GREEDY)
+        assert asked == llm.generate(question, GREEDY, prefix=prefix, anew=True)
+
+
+def test_a_document_longer_than_its_cache_grows(llm: LLM) -> None:
+    prefix = llm.prefill(ROWS[1])
+    long = SamplingParams(max_new_tokens=150, greedy=True, ignore_eos=True)
+    small, *_ = (prefix.cache.capacity,)
+    first = llm.generate(ROWS[0], GREEDY, prefix=prefix).token_ids
+    assert llm.generate(ROWS[0], long, prefix=prefix).token_ids[:12] == first
+    assert small <= prefix.cache.capacity <= 256
+
+
+def test_a_prefix_beyond_l0_differs_from_a_fresh_prefill_and_anew_does_not(llm: LLM) -> None:
+    """The document's hidden states carry the m of the document alone: this is what the docs warn of."""
+    document, question = ROWS[1], np.resize(ROWS[0], 60)
+    prefix = llm.prefill(document)
+    whole = np.concatenate([document, question])
+    fresh = llm.score(whole)
+    assert llm.generate(question, GREEDY, prefix=prefix, anew=True) == llm.generate(whole, GREEDY)
+    assert len(whole) > L0
+    cached, again = (np.asarray(c.cache.k[:, :, :, : len(document)]) for c in (prefix, llm.prefill(whole)))
+    assert np.abs(cached[0] - again[0]).max() <= 1e-5  # the first layer's keys do not depend on m
+    assert np.abs(cached[1:] - again[1:]).max() > 1e-4
+    assert np.isfinite(fresh).all()
+
+
+def test_a_saved_document_answers_as_before(llm: LLM, tmp_path: Path) -> None:
+    prefix = llm.prefill(ROWS[1])
+    before = llm.generate(ROWS[0], GREEDY, prefix=prefix)
+    prefix.save(tmp_path / "doc")
+    again = llm.load_prefix(tmp_path / "doc")
+    assert llm.generate(ROWS[0], GREEDY, prefix=again) == before
+    with pytest.raises(QwenJaxError, match="exists already"):
+        prefix.save(tmp_path / "doc")
+
+
+def test_a_saved_document_of_another_model_is_refused(llm: LLM, tmp_path: Path) -> None:
+    llm.prefill(ROWS[0]).save(tmp_path / "doc")
+    with pytest.raises(QwenJaxError, match="made with other weights"):
+        LLM(random_model(seed=1), max_len=256).load_prefix(tmp_path / "doc")
+    with pytest.raises(QwenJaxError, match="its cache is float32, this one bfloat16"):
+        LLM(random_model(), max_len=256, kv_dtype=jnp.bfloat16).load_prefix(tmp_path / "doc")
+    with pytest.raises(QwenJaxError, match="not a saved document"):
+        llm.load_prefix(tmp_path)
+
+
+# Text.
+
+
+def test_streamed_pieces_make_the_text(text_llm: LLM) -> None:
+    params = SamplingParams(max_new_tokens=40, temperature=1.0, seed=5, ignore_eos=True)
+    pieces = list(text_llm.stream("Ünïcødé 文", params))
+    assert len(pieces) > 1
+    assert "".join(pieces) == text_llm.generate("Ünïcødé 文", params).text
+
+
+def test_a_stop_string_cuts_the_text_where_it_begins(text_llm: LLM) -> None:
+    params = SamplingParams(max_new_tokens=60, temperature=1.0, seed=7, ignore_eos=True)
+    text = text_llm.generate("abc", params).text
+    stop = text[9:11]
+    stopped = text_llm.generate(
+        "abc", SamplingParams(max_new_tokens=60, temperature=1.0, seed=7, ignore_eos=True, stop=(stop,))
+    )
+    assert stopped.finish_reason == "stop"
+    assert stopped.text == text[: text.index(stop)]
+    assert len(stopped.token_ids) < 60
+
+
+def test_chat_turns_continue_from_the_cache(text_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = Chat(text_llm, system="be brief")
+    prefilled: list[int] = []
+    run = text_llm._prefiller.run
+
+    def spy(tokens_BT: np.ndarray, *args: object) -> Iterator[object]:
+        prefilled.append(tokens_BT.shape[1])
+        return run(tokens_BT, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(text_llm._prefiller, "run", spy)
+    first = chat.send("hello", GREEDY)
+    second = chat.send("and now?", GREEDY)
+    assert [m["role"] for m in chat.messages] == ["system", "user", "assistant", "user", "assistant"]
+    whole = text_llm.render(chat.messages[:-1])
+    fresh = text_llm.generate(whole, GREEDY)
+    assert fresh.text == second.text == chat.messages[-1]["content"]
+    # The second turn ran what the first had not: at least its own message, at most that and the answer.
+    assert 10 < prefilled[1] < len(text_llm.token_ids(whole)) - prefilled[0] + len(first.token_ids)
+
+
+def test_an_abandoned_turn_leaves_the_conversation_as_it_was(text_llm: LLM) -> None:
+    chat = Chat(text_llm)
+    next(iter(chat.stream("hello", GREEDY)), None)
+    assert chat.messages == []
+    assert chat.send("hello", GREEDY).text == Chat(text_llm).send("hello", GREEDY).text
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "the prompt is empty"),
+        ([97], "token id 97 is outside the vocabulary of 97 tokens"),
+        ([-1], "token id -1 is outside the vocabulary"),
+        (np.zeros(250, int), "250 tokens and 12 new ones do not fit max_len=256"),
+        ("text", "the checkpoint has no tokenizer"),
+        ([[1.5]], "text or a list of token ids"),
+    ],
+)
+def test_bad_prompts_are_refused_in_one_line(llm: LLM, prompt: object, message: str) -> None:
+    with pytest.raises(QwenJaxError, match=message) as caught:
+        llm.generate(prompt, GREEDY)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+def test_an_empty_text_is_refused(text_llm: LLM) -> None:
+    with pytest.raises(QwenJaxError, match="the prompt is empty"):
+        text_llm.generate("", GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"weight_dtype": "int8"}, "weight_dtype='int8' is not built yet"),
+        ({"sparsity": "bands"}, "sparsity='bands' is not built yet"),
+        ({"kv_dtype": "int8"}, "kv_dtype='int8' is not built yet"),
+        ({"kv_dtype": "fp8"}, "kv_dtype='fp8' is not built yet"),
+        ({"max_len": 0}, "max_len must be at least 1"),
+        ({"prefill_chunk": 0}, "prefill_chunk must be at least 1"),
+    ],
+)
+def test_settings_that_are_not_built_are_refused_by_name(setting: dict[str, object], message: str) -> None:
+    with pytest.raises(QwenJaxError, match=message):
+        LLM(random_model(), **setting)  # type: ignore[arg-type]
+
+
+def test_plain_rope_does_not_go_beyond_the_models_positions(tmp_path: Path) -> None:
+    folder = tiny_checkpoint.write(tmp_path / "ckpt")
+    with pytest.raises(QwenJaxError, match="beyond the 2048 positions"):
+        LLM(folder, dca=False, max_len=4096)
+    llm = LLM(folder, dca=DualChunk(256, 32), max_len=4096)
+    assert llm.config.dual_chunk == DualChunk(256, 32)
+    assert llm.generate([1] * 3000, SamplingParams(max_new_tokens=1)).prompt_tokens == 3000
