@@ -1,0 +1,160 @@
+"""The Hopper kernel without a Hopper GPU: numerics under jax's GPU interpreter, lowering for cuda, refusals, the work order.
+
+On the GPU itself `scripts/check_gpu.py` checks every class of shapes.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import pytest
+
+from qwen_jax.config import DualChunk
+from qwen_jax.kernels import hopper as chip
+from qwen_jax.kernels.attention import api, hopper, mosaic_gpu, specs
+from qwen_jax.kernels.attention.hopper import Problem, Tiling
+from qwen_jax.rope import Rotary
+from tests.kernels.attention.suite import AttentionSuite, Case
+
+QWEN_1M = DualChunk(262_144, 8_192)
+_MODELS_NAMED_BARRIERS = "_hack_model_inline_mgpu_tokamax"  # the interpreter's name for running `bar_op`
+
+
+def interpreter() -> Any:
+    """Parameters of jax's GPU interpreter, or a skip where this jax's cannot run named barriers."""
+    from jax._src.pallas.mosaic_gpu.interpret import jaxpr_interpret
+
+    if _MODELS_NAMED_BARRIERS not in inspect.getsource(jaxpr_interpret):
+        pytest.skip("this jax's GPU interpreter has no named barriers")
+    return plgpu.InterpretGPUParams(inline_mgpu=_MODELS_NAMED_BARRIERS)
+
+
+class Interpreted(AttentionSuite):
+    """The suite's check on the interpreter, which takes seconds a call: only the tests below run it."""
+
+    backend = "mosaic_gpu"
+    dtype = jnp.bfloat16
+    tolerance = 1e-2
+    head_dim = 64
+    unit = 16
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Interpreted:
+    """Two blocks, so that a block runs several items in a row."""
+    monkeypatch.setitem(
+        api.BACKENDS, "mosaic_gpu", functools.partial(mosaic_gpu.attend, interpret=interpreter())
+    )
+    monkeypatch.setattr(hopper, "multiprocessors", lambda: 2)
+    jax.clear_caches()
+    return Interpreted()
+
+
+def test_rows_of_different_lengths_across_every_stage(interpreted: Interpreted) -> None:
+    n, s = interpreted.unit, interpreted.s
+    start = 2 * s + n
+    interpreted.check(Case(start, 2 * n, (start + 2 * n, s + 5, 0), 4, 2), interpreted.dca)
+
+
+def test_ragged_queries_and_a_group_of_seven(interpreted: Interpreted) -> None:
+    interpreted.check(Case(3 * interpreted.s, 19, (3 * interpreted.s + 19,), 7, 1), interpreted.dca)
+
+
+def test_plain_positions_at_an_offset_off_the_tile(interpreted: Interpreted) -> None:
+    interpreted.check(Case(37, 100, (130,), 2, 1), None)
+
+
+@pytest.fixture
+def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mosaic_gpu, "why_not_hopper", lambda: None)
+
+
+def lower(
+    queries: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    dca: DualChunk | None,
+    tiling: Tiling | None = None,
+) -> str:
+    rotary = Rotary(1e7, head_dim, 1 << 20, dca=dca)
+    cache = jax.ShapeDtypeStruct((2, 1, kv_heads, 4096, head_dim), jnp.bfloat16)
+    q = jax.ShapeDtypeStruct((1, queries, heads, head_dim), jnp.bfloat16)
+    scalar, row = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+
+    def call(q: Any, k: Any, v: Any, layer: Any, start: Any, length: Any, scale: Any) -> Any:
+        return mosaic_gpu.attend(
+            q, k, v, layer=layer, q_start=start, kv_len_B=length, rotary=rotary, scale_B=scale, tiling=tiling
+        )
+
+    scale = jax.ShapeDtypeStruct((1,), jnp.float32)
+    traced = jax.jit(call).trace(q, cache, cache, scalar, scalar, row, scale)
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize(
+    ("queries", "heads", "kv_heads", "head_dim", "dca"),
+    [(512, 28, 4, 128, QWEN_1M), (333, 40, 8, 128, None), (256, 14, 2, 64, DualChunk(320, 64))],
+)
+def test_lowers_for_cuda_without_copying_the_cache(
+    queries: int, heads: int, kv_heads: int, head_dim: int, dca: DualChunk | None
+) -> None:
+    text = lower(queries, heads, kv_heads, head_dim, dca)
+    assert "mosaic_gpu" in text
+    cache = f"tensor<{2 * kv_heads}x4096x{head_dim}xbf16>"  # the cache enters by a reshape, nothing else makes one
+    assert sum(f"-> {cache}" in line for line in text.splitlines() if "custom_call" not in line) == 2
+
+
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": jnp.float32}, "needs bfloat16"),
+        ({"head_dim": 80}, "head dimension of 64 or 128"),
+        ({"capacity": 100}, "multiple of 8"),
+        ({"dca": DualChunk(100, 10)}, "multiple of 64"),
+    ],
+)
+def test_refuses_what_it_cannot_do(change: dict[str, Any], reason: str) -> None:
+    call = {"dtype": jnp.bfloat16, "head_dim": 64, "capacity": 128, "dca": None} | change
+    cache = jnp.zeros((1, 1, 1, call["capacity"], call["head_dim"]), call["dtype"])
+    with pytest.raises(NotImplementedError, match=reason):
+        mosaic_gpu.attend(
+            jnp.zeros((1, 8, 1, call["head_dim"]), call["dtype"]), cache, cache,
+            layer=0, q_start=0, kv_len_B=jnp.ones(1, jnp.int32),
+            rotary=Rotary(1e4, call["head_dim"], 128, dca=call["dca"]), scale_B=jnp.ones(1),
+        )  # fmt: skip
+
+
+def test_refuses_on_a_cpu_and_says_so() -> None:
+    assert "not on a cpu" in (chip.why_not_hopper() or "")
+    with pytest.raises(NotImplementedError, match="mosaic_gpu: runs on NVIDIA GPUs, not on a cpu"):
+        api.attend(
+            jnp.zeros((1, 8, 1, 64)), *[jnp.zeros((1, 1, 1, 8, 64))] * 2,
+            layer=0, q_start=0, kv_len_B=jnp.ones(1, jnp.int32), rotary=Rotary(1e4, 64, 128), scale_B=jnp.ones(1),
+            backend="mosaic_gpu",
+        )  # fmt: skip
+
+
+def test_heads_that_run_side_by_side_are_whole_groups_and_divide_all() -> None:
+    for capacity in (1024, 32_768, 1 << 20):
+        for heads, kv_heads in ((28, 4), (40, 8), (14, 2), (5, 1)):
+            together = hopper.heads_together(Problem(1, 1, 128, heads, kv_heads, capacity, 128))
+            assert together % (heads // kv_heads) == 0
+            assert heads % together == 0
+
+
+def test_the_rule_for_sizes_gives_tiles_that_divide_the_chunk_and_fit() -> None:
+    for head_dim in (64, 128):
+        for chunk_len in (None, 64, 192, 1024, 253_952):
+            problem = Problem(3 if chunk_len else 1, 1, 128, 28, 4, 4096, head_dim)
+            tiling = specs.tiling_for(problem, chunk_len, "a device nobody tuned")
+            assert not chunk_len or chunk_len % tiling.block_kv == 0
+            shared = 2 * head_dim * (2 * tiling.rows + 2 * tiling.stages * tiling.block_kv)
+            assert shared < 227 * 1024

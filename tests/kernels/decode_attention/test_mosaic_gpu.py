@@ -1,0 +1,110 @@
+"""The Hopper decode kernel without a Hopper GPU: numerics under jax's GPU interpreter, lowering for cuda, refusals, shares.
+
+On the GPU itself `scripts/check_gpu.py` checks every class of shapes.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from qwen_jax.config import DualChunk
+from qwen_jax.kernels.decode_attention import api, hopper, mosaic_gpu, specs
+from qwen_jax.kernels.decode_attention.hopper import Problem, Tiling, shares
+from qwen_jax.rope import Rotary
+from tests.kernels.attention.test_mosaic_gpu import interpreter
+from tests.kernels.decode_attention.suite import DecodeSuite
+
+
+class Interpreted(DecodeSuite):
+    """The suite's check on the interpreter, which takes seconds a call: only the tests below run it."""
+
+    backend = "mosaic_gpu"
+    dtype = jnp.bfloat16
+    tolerance = 1e-2
+    head_dim = 64
+    unit = 16
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Interpreted:
+    """Three blocks, so that a block runs several shares in a row."""
+    monkeypatch.setitem(
+        api.BACKENDS, "mosaic_gpu", functools.partial(mosaic_gpu.decode_attend, interpret=interpreter())
+    )
+    monkeypatch.setattr(hopper, "multiprocessors", lambda: 3)
+    jax.clear_caches()
+    return Interpreted()
+
+
+def test_every_stage_with_temperatures_in_one_batch(interpreted: Interpreted) -> None:
+    s = interpreted.s
+    interpreted.check(
+        [s - 1, 2 * s, 3 * s + 5, -1], [s // 2, 2 * s, 2 * s - 7, 0], interpreted.dca(interpreted.unit)
+    )
+
+
+def test_plain_positions_and_a_group_of_seven(interpreted: Interpreted) -> None:
+    interpreted.check([0, 5 * interpreted.unit + 3], [1, 5 * interpreted.unit], None, heads=(7, 1))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(28, 4, 128), (14, 2, 64)])
+def test_lowers_for_cuda(monkeypatch: pytest.MonkeyPatch, heads: int, kv_heads: int, head_dim: int) -> None:
+    monkeypatch.setattr(mosaic_gpu, "why_not_hopper", lambda: None)
+    rotary = Rotary(1e7, head_dim, 1 << 20, dca=DualChunk(262_144, 8_192, 262_144))
+    cache = jax.ShapeDtypeStruct((2, 3, kv_heads, 4096, head_dim), jnp.bfloat16)
+    q = jax.ShapeDtypeStruct((3, heads, head_dim), jnp.bfloat16)
+    row, scale = jax.ShapeDtypeStruct((3,), jnp.int32), jax.ShapeDtypeStruct((3,), jnp.float32)
+
+    def call(q: Any, k: Any, v: Any, layer: Any, position: Any, prompt: Any, scale: Any) -> Any:
+        return mosaic_gpu.decode_attend(
+            q, k, v, layer=layer, position_B=position, prompt_len_B=prompt, rotary=rotary, scale_B=scale
+        )
+
+    traced = jax.jit(call).trace(q, cache, cache, jax.ShapeDtypeStruct((), jnp.int32), row, row, scale)
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": jnp.float32}, "needs bfloat16"),
+        ({"head_dim": 80}, "head dimension of 64 or 128"),
+        ({"capacity": 100}, "multiple of 8"),
+        ({"heads": 65}, "at most 64 query heads"),
+        ({"dca": DualChunk(100, 10)}, "multiple of 64"),
+    ],
+)
+def test_refuses_what_it_cannot_do(
+    monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], reason: str
+) -> None:
+    monkeypatch.setattr(mosaic_gpu, "why_not_hopper", lambda: None)
+    call = {"dtype": jnp.bfloat16, "head_dim": 64, "capacity": 128, "heads": 1, "dca": None} | change
+    cache = jnp.zeros((1, 1, 1, call["capacity"], call["head_dim"]), call["dtype"])
+    with pytest.raises(NotImplementedError, match=reason):
+        mosaic_gpu.decode_attend(
+            jnp.zeros((1, call["heads"], call["head_dim"]), call["dtype"]), cache, cache,
+            layer=0, position_B=jnp.zeros(1, jnp.int32), prompt_len_B=jnp.ones(1, jnp.int32),
+            rotary=Rotary(1e4, call["head_dim"], 128, dca=call["dca"]), scale_B=jnp.ones(1),
+        )  # fmt: skip
+
+
+def test_shares_keep_the_blocks_busy_and_never_pass_the_tiles() -> None:
+    for batch in (1, 3, 16, 64):
+        for capacity in (64, 4096, 1 << 20):
+            problem, tiling = Problem(3, batch, 28, 4, capacity, 128), Tiling(64, 5)
+            n = shares(problem, tiling)
+            assert 1 <= n <= -(-capacity // 64)
+            items = batch * 4 * n
+            if capacity == 1 << 20:
+                assert items / (132 * -(-items // 132)) >= 0.95
+
+
+def test_the_rule_for_sizes_fits() -> None:
+    for head_dim in (64, 128):
+        tiling = specs.tiling_for(Problem(3, 1, 28, 4, 4096, head_dim), 253_952, "a device nobody tuned")
+        assert 64 * head_dim * (2 + 4) + 4 * head_dim * tiling.stages * tiling.block_kv < 227 * 1024
