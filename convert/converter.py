@@ -54,12 +54,12 @@ def convert(
     progress: Progress | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes the checkpoint `src` to the new folder `dst` in the other format: Hugging Face to orbax, or
-    orbax to Hugging Face.
+    """Converts a checkpoint: a Hugging Face folder to an orbax one, or back, by what `src` is.
 
     Tensors keep every bit. config.json, the tokenizer, generation config and head budgets travel along byte
-    for byte. Memory stays under twice the largest tensor, whatever the size of the checkpoint. `dst` appears
-    only when it is whole; a run that was killed leaves `<dst>.converting/`, which the next run clears.
+    for byte. Memory stays under twice the largest tensor plus 1 GB, whatever the size of the checkpoint.
+    `dst` appears only when it is whole; a run that was killed leaves `<dst>.converting/`, which the next run
+    clears before it starts afresh.
 
     Args:
         src: a Hugging Face folder, a converted one, or a hub id.
@@ -71,7 +71,7 @@ def convert(
         CheckpointError: `src` is not a whole checkpoint, holds NaN or infinity, `dst` exists, or the disk is
         full.
     """
-    source, dst = open_checkpoint(resolve(src)), Path(dst).absolute()
+    source, dst = open_checkpoint(resolve(src)), Path(dst).expanduser().absolute()
     with staged(dst) as out:
         _require_space(source, dst)
         try:

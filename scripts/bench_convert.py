@@ -3,8 +3,7 @@
     python scripts/bench_convert.py --gigabytes 8 --out benchmarks/convert.json
 
 Each conversion runs in a process of its own; its peak is VmHWM: resident memory as the kernel counts it, mapped
-pages included.
-Needs Linux and three times the checkpoint's size of free disk; what it writes is removed again.
+pages included. Needs Linux and three times the checkpoint's size of free disk; what it writes is removed again.
 """
 
 from __future__ import annotations
