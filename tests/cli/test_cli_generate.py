@@ -13,7 +13,7 @@ from qwen_jax.sampling import SamplingParams
 
 EIGHT = SamplingParams(max_new_tokens=8, ignore_eos=True)
 N = ("--max-new-tokens", 8, "--ignore-eos")
-DOCUMENT = "The river is called Alva.\n" * 20
+DOCUMENT = "The river is called Alva.\n" * 2
 QUESTION = "What is the river called?"
 
 

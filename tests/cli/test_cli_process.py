@@ -25,7 +25,7 @@ def run(*args: object, **variables: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["chat"], ["convert"], ["plan"], ["info"]])
+@pytest.mark.parametrize("command", [[], ["demo"], ["generate"], ["chat"], ["convert"], ["plan"], ["info"]])
 def test_help_has_examples(command: list[str]) -> None:
     from typer.testing import CliRunner
 
