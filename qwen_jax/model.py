@@ -17,6 +17,7 @@ from jax import lax
 
 from qwen_jax.cache import KVCache, write_chunk, write_token
 from qwen_jax.config import ModelConfig
+from qwen_jax.errors import QwenJaxError
 from qwen_jax.kernels.attention.api import attend
 from qwen_jax.kernels.decode_attention.api import decode_attend
 from qwen_jax.rope import Rotary, temperature
@@ -185,8 +186,16 @@ class Qwen2(nnx.Module):
 
         Returns:
             float32[B, T, V].
+
+        Raises:
+            QwenJaxError: more tokens than the model has positions, where no dual chunk attention bounds them.
         """
         B, T = tokens_BT.shape
+        if self.config.dual_chunk is None and self.config.max_position_embeddings < T:
+            raise QwenJaxError(
+                f"{T} tokens are beyond the {self.config.max_position_embeddings} positions of this model: put dual "
+                f"chunk attention on it (dca=DualChunk(chunk_size, local_size))"
+            )
         lengths_B = jnp.full(B, T, jnp.int32) if lengths_B is None else jnp.asarray(lengths_B, jnp.int32)
         return _forward(*nnx.split(self), jnp.asarray(tokens_BT, jnp.int32), lengths_B)
 
