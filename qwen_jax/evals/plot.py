@@ -30,7 +30,7 @@ def save(grids: Mapping[str, Grid], path: str | Path, *, trained_on: int) -> Non
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(grids), squeeze=False)[0]
     for ax, (title, grid) in zip(axes, grids.items(), strict=True):
-        ax.imshow(grid.accuracy.T, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto", origin="upper")
+        ax.imshow(grid.accuracy.T, vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="upper")
         ax.set_title(f"{title}\n{grid.trials} texts a cell", fontsize=10)
         ax.set_xticks(range(len(grid.lengths)), [_tokens(length) for length in grid.lengths])
         ax.set_yticks(range(len(grid.depths)), [f"{depth:.0%}" for depth in grid.depths])
@@ -43,7 +43,7 @@ def save(grids: Mapping[str, Grid], path: str | Path, *, trained_on: int) -> Non
         axes[0].images[0], ax=list(axes), label="right answers", format=lambda share, _: f"{share:.0%}"
     )
     try:
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=100)
     except (OSError, ValueError) as error:
         raise QwenJaxError(f"{path}: cannot write the plot: {error}") from None
 

@@ -11,7 +11,7 @@ import transformers
 
 import qwen_jax
 from qwen_jax.config import DualChunk, ModelConfig
-from qwen_jax.evals import demo, demo_folder, plot
+from qwen_jax.evals import batched, demo, demo_folder, plot
 from qwen_jax.evals.passkey import END_OF_TEXT, SPECIAL_TOKENS, Grid, make_task
 from qwen_jax.loading import open_checkpoint
 from qwen_jax.params import num_params, params
@@ -122,3 +122,10 @@ def test_the_exported_files_are_what_training_writes(tmp_path) -> None:
         assert json.loads((tmp_path / name).read_text()) == json.loads((FOLDER / name).read_text())
     assert (tmp_path / "tokenizer.json").read_bytes() == (FOLDER / "tokenizer.json").read_bytes()
     assert (tmp_path / "model.safetensors").stat().st_size == (FOLDER / "model.safetensors").stat().st_size
+
+
+def test_batched_answers_are_right() -> None:
+    model = qwen_jax.load(FOLDER)
+    tasks = [make_task(np.random.default_rng(seed), 2000, 0.1) for seed in range(2)]
+    answers = batched.answerer(model, longest=2000, piece=demo.PREFILL_CHUNK)(tasks)
+    assert answers == [task.asked.digits + "." for task in tasks]
