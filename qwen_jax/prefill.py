@@ -184,13 +184,18 @@ class Prefiller:
         """float32[B, V] from the last hidden states."""
         return _head(self.graph, self.params, last_BD)
 
-    def score(self, token_ids: np.ndarray, cache: KVCache, on_piece: OnPiece | None = None) -> np.ndarray:
-        """Log-probability of each next token of one row: float32[T - 1] from int32[T]."""
+    def score(
+        self, token_ids: np.ndarray, cache: KVCache, *, start: int = 0, on_piece: OnPiece | None = None
+    ) -> np.ndarray:
+        """Log-probability of each next token of one row after `start`: float32[T - 1 - start] from int32[T].
+
+        The cache holds positions below `start`; it is donated.
+        """
         T = len(token_ids)
         inputs, targets = token_ids[None, :-1], token_ids[None, 1:]
         length_B = jnp.array([T], jnp.int32)  # as `model(tokens)`: the temperature is that of all T tokens
         out = []
-        for piece in self.pieces(0, T - 1, cache.capacity):
+        for piece in self.pieces(start, T - 1, cache.capacity):
             logp_BT, cache = _score_piece(
                 self.graph, self.params,
                 jnp.asarray(_piece_tokens(inputs, 0, piece)), jnp.asarray(_piece_tokens(targets, 0, piece)),
@@ -198,5 +203,5 @@ class Prefiller:
             )  # fmt: skip
             out.append(np.asarray(logp_BT[0, : piece.length]))
             if on_piece:
-                on_piece(piece.start + piece.length)
+                on_piece(piece.start + piece.length - start)
         return np.concatenate(out)
