@@ -112,7 +112,7 @@ def test_more_tokens_than_positions_are_refused() -> None:
     config = dataclasses.replace(CONFIG, max_position_embeddings=32)
     tokens = np.zeros((1, 33), np.int32)
     with pytest.raises(QwenJaxError, match=r"33 tokens .* 32 positions"):
-        Qwen2(dataclasses.replace(config, dual_chunk=None), rngs=nnx.Rngs(0))(tokens)
+        random_model(dataclasses.replace(config, dual_chunk=None))(tokens)
     bounded = nnx.eval_shape(lambda: Qwen2(config, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(bounded)
     out = jax.eval_shape(lambda state: nnx.merge(graph, state)(tokens), state)

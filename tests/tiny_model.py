@@ -1,11 +1,12 @@
 """A random float32 model of a few thousand parameters whose attention matters, for tests that need no checkpoint on disk."""
 
-import jax
 import jax.numpy as jnp
-from flax import nnx
+import numpy as np
 
+from qwen_jax.build import build
 from qwen_jax.config import DualChunk, ModelConfig
 from qwen_jax.model import Qwen2
+from qwen_jax.params import params
 
 CONFIG = ModelConfig(
     vocab_size=97,
@@ -26,11 +27,14 @@ CONFIG = ModelConfig(
 
 
 def random_model(config: ModelConfig = CONFIG, seed: int = 0, scale: float = 6.0) -> Qwen2:
-    """Weights `scale` times the usual 0.02, biases and norms random too, so that no token repeats itself for ever."""
-    model = Qwen2(config, rngs=nnx.Rngs(seed))
-    graph, state = nnx.split(model)
-    leaves, tree = jax.tree.flatten(state)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    noise = [jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, leaves, strict=True)]
-    leaves = [jnp.where(x == 1, 1 + 0.1 * n, scale * 0.02 * n) for x, n in zip(leaves, noise, strict=True)]
-    return nnx.merge(graph, jax.tree.unflatten(tree, leaves))
+    """Weights `scale` times the usual 0.02, biases and norms random too, so that no token repeats itself for ever.
+
+    Drawn by NumPy: JAX would compile a generator for every shape, which takes longer than most tests.
+    """
+    rng = np.random.default_rng(seed)
+    arrays = {}
+    for p in params(config):
+        noise = rng.standard_normal(((config.num_layers,) if p.stacked else ()) + p.shape(config))
+        value = 1 + 0.1 * noise if "norm" in p.path else scale * 0.02 * noise
+        arrays[p.path] = jnp.asarray(value, config.dtype)
+    return build(config, arrays)
