@@ -9,6 +9,7 @@ from pathlib import Path
 
 VARIABLE = "QWEN_JAX_COMPILATION_CACHE"
 _JAX_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
+_JAX_LEAST_SECONDS = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 
 
 def use_compilation_cache(wanted: str | None = None) -> None:
@@ -31,6 +32,9 @@ def use_compilation_cache(wanted: str | None = None) -> None:
         return
     if os.access(folder, os.W_OK | os.X_OK):
         os.environ[_JAX_VARIABLE] = str(folder)
+        os.environ.setdefault(
+            _JAX_LEAST_SECONDS, "0.1"
+        )  # JAX's default of 1 recompiles the many small programs
 
 
 def _default_folder() -> Path:

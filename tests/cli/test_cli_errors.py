@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -216,6 +217,30 @@ def test_convert_keeps_what_is_there(refused, checkpoint: Path, tmp_path: Path) 
         "convert", checkpoint, tmp_path / "new", "--max-shard-size", "big"
     )
     assert not (tmp_path / "new").exists()
+
+
+def test_convert_to_a_full_disk(refused, run, checkpoint: Path, monkeypatch, tmp_path: Path) -> None:
+    from qwen_jax.convert.safetensors_io import SafetensorsWriter
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    assert run("convert", checkpoint, tmp_path / "orbax").code == 0
+    monkeypatch.setattr(SafetensorsWriter, "write", full)
+    assert "the disk is full" in refused("convert", tmp_path / "orbax", tmp_path / "back")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["orbax"]
+
+
+@pytest.mark.parametrize("command", [["info"], ["generate", "--prompt", "a"]])
+def test_download_that_breaks_off(refused, monkeypatch, command: list[str]) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ConnectionError("reset by peer\nafter 5 bytes")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", broken)
+    line = refused(command[0], "Some/Model", *command[1:])
+    assert line == (
+        "Some/Model: download incomplete (reset by peer after 5 bytes); run the same command again to resume"
+    )
 
 
 def test_plan_values(refused, checkpoint: Path) -> None:

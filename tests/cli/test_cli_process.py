@@ -12,6 +12,7 @@ import pytest
 from qwen_jax.cli.compilation_cache import VARIABLE, use_compilation_cache
 
 JAX_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
+LEAST_SECONDS = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 
 
 def run(*args: object, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -68,7 +69,9 @@ def test_errors_of_a_process() -> None:
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
-    monkeypatch.delenv(JAX_VARIABLE, raising=False)
+    for name in (JAX_VARIABLE, LEAST_SECONDS):
+        monkeypatch.setenv(name, "")  # so that what the test leaves is taken back
+        del os.environ[name]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return monkeypatch
 
