@@ -256,9 +256,10 @@ class LLM:
         )
         last_BD = self._extend(context, rows)
         lengths_B = np.array([len(context) + len(ids) for ids in rows], np.int32)
-        whole_BT = _pad([np.concatenate([context.token_ids, ids]) for ids in rows])
+        whole = [np.concatenate([context.token_ids, ids]) for ids in rows]
+        whole_BT = _pad(whole, width=context.cache.capacity)  # one program serves every length
         seen_BV = seen_tokens(jnp.asarray(whole_BT), jnp.asarray(lengths_B), self.config.vocab_size)
-        eos_BE = _pad([np.array(s.eos_token_ids or (NO_TOKEN,), np.int32) for s in settings], NO_TOKEN)
+        eos_BE = _pad([np.array(s.eos_token_ids or (NO_TOKEN,), np.int32) for s in settings], fill=NO_TOKEN)
         limit_B = np.array([answer.limit for answer in answers], np.int32)
         request = Request(
             jnp.asarray(lengths_B),
@@ -356,12 +357,11 @@ def _is_single(prompts: Any) -> bool:
     return isinstance(prompts, str) or len(prompts) == 0 or isinstance(prompts[0], (int, np.integer))
 
 
-def _pad(rows: list[np.ndarray], fill: int = 0) -> np.ndarray:
-    """int32[B, longest], right-padded."""
-    longest = max(map(len, rows))
-    return np.stack([np.pad(row, (0, longest - len(row)), constant_values=fill) for row in rows]).astype(
-        np.int32
-    )
+def _pad(rows: list[np.ndarray], *, fill: int = 0, width: int | None = None) -> np.ndarray:
+    """int32[B, width], right-padded; by default as wide as the longest row."""
+    width = max(map(len, rows)) if width is None else width
+    padded = [np.pad(row, (0, width - len(row)), constant_values=fill) for row in rows]
+    return np.stack(padded).astype(np.int32)
 
 
 def _kv_dtype(wanted: DTypeLike | None, weights: np.dtype) -> np.dtype:

@@ -231,7 +231,7 @@ class Qwen2(nnx.Module):
             return jnp.concatenate(outs, axis=1), cache
 
         positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), tokens_BT.shape)
-        return self._layers(self.embed(tokens_BT), positions_BT, None, attend_all)[0]
+        return self.run_layers(self.embed(tokens_BT), positions_BT, None, attend_all)[0]
 
     def extend(
         self, tokens_BT: jax.Array, cache: KVCache, start: jax.Array, prompt_len_B: jax.Array
@@ -263,7 +263,7 @@ class Qwen2(nnx.Module):
             )  # fmt: skip
             return out_BTNH, cache
 
-        x_BTD, cache_out = self._layers(self.embed(tokens_BT), positions_BT, cache, attend_piece)
+        x_BTD, cache_out = self.run_layers(self.embed(tokens_BT), positions_BT, cache, attend_piece)
         assert cache_out is not None
         return x_BTD, cache_out
 
@@ -295,7 +295,7 @@ class Qwen2(nnx.Module):
             )  # fmt: skip
             return out_BNH[:, None], cache
 
-        x_BTD, cache_out = self._layers(
+        x_BTD, cache_out = self.run_layers(
             self.embed(token_B[:, None]), position_B[:, None], cache, attend_token
         )
         assert cache_out is not None
@@ -314,10 +314,13 @@ class Qwen2(nnx.Module):
             scale_B = scale_B * temperature(length_B, dca.original_max_position_embeddings if dca else 0)
         return scale_B
 
-    def _layers(
+    def run_layers(
         self, x_BTD: jax.Array, positions_BT: jax.Array, cache: KVCache | None, attend: Attend
     ) -> tuple[jax.Array, KVCache | None]:
-        """The scanned blocks and the final norm. The cache is carried, never sliced by layer: that would copy it."""
+        """The scanned blocks and the final norm, with any attention: [B, T, D] and the cache, if one is given.
+
+        The cache is carried whole: slicing it by layer would copy it.
+        """
         block, stacked = nnx.split(self.layers)
 
         def body(

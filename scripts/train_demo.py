@@ -140,7 +140,7 @@ class Learner:
         # A product with one-hot rows: the backward pass of a gather would add 65,536 rows into 260 in bf16.
         one_hot_BTV = jax.nn.one_hot(ids_BT, model.config.vocab_size, dtype=jnp.bfloat16)
         x_BTD = einsum("BTV,VD->BTD", one_hot_BTV, params["embed.weight"])
-        return model.logits(model._layers(x_BTD, positions_BT, None, attend)[0])
+        return model.logits(model.run_layers(x_BTD, positions_BT, None, attend)[0])
 
 
 def _decayed(params: Params) -> dict[str, bool]:
