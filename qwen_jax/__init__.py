@@ -1,8 +1,6 @@
 """Qwen2.5 with contexts of one million tokens, in JAX."""
 
 import importlib
-import sys
-import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,7 +9,6 @@ if TYPE_CHECKING:
     from qwen_jax.chat import Chat
     from qwen_jax.config import DualChunk, ModelConfig
     from qwen_jax.context import Document
-    from qwen_jax.convert import convert
     from qwen_jax.errors import QwenJaxError
     from qwen_jax.llm import LLM
     from qwen_jax.model import Qwen2
@@ -29,7 +26,6 @@ __all__ = [
     "Qwen2",
     "QwenJaxError",
     "SamplingParams",
-    "convert",
     "load",
 ]
 
@@ -58,18 +54,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(types.ModuleType):
-    """`qwen_jax.convert` is the function: importing the subpackage of that name does not put the subpackage there."""
-
-    @property
-    def convert(self) -> Any:
-        return importlib.import_module(f"{__name__}.convert.converter").convert
-
-    @convert.setter
-    def convert(self, subpackage: types.ModuleType) -> None:
-        pass
-
-
-sys.modules[__name__].__class__ = _Package

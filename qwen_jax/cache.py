@@ -7,10 +7,13 @@ temperature, so a prefix serves a longer prompt unchanged.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
@@ -57,12 +60,17 @@ def init_cache(
     config: ModelConfig, batch: int, capacity: int, dtype: DTypeLike, mesh: Mesh | None = None
 ) -> KVCache:
     """An empty cache, allocated on the mesh (default: the default device)."""
-    shape = cache_shape(config, batch, capacity)
+    return _allocator(cache_shape(config, batch, capacity), jnp.dtype(dtype), mesh)()
+
+
+@functools.cache
+def _allocator(shape: tuple[int, ...], dtype: np.dtype, mesh: Mesh | None) -> Callable[[], KVCache]:
+    """Kept, so that a second cache of a size compiles nothing."""
 
     def zeros() -> KVCache:
         return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
-    return jax.jit(zeros, out_shardings=cache_shardings(mesh) if mesh else None)()
+    return jax.jit(zeros, out_shardings=cache_shardings(mesh) if mesh else None)
 
 
 def write_chunk(

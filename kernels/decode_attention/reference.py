@@ -1,7 +1,8 @@
 """Decode attention in plain XLA: the definition that other backends are tested against, and the fallback.
 
 Key tiles of the cache are visited in order with one running softmax. Rows of a batch stand at different positions, so a
-tile may be of different stages for different rows: all stages' queries meet the tile, and each key takes the score of its own stage.
+tile may be of different stages for different rows: all stages' queries meet the tile, and each key takes the score of its
+own stage.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ Arguments: a JSON list of [src, dst, death]. A death is "progress:N" (killed on 
 (killed on entering that step) or "fsize:N" (no file may grow past N bytes).
 """
 
-import importlib
 import json
 import os
 import resource
@@ -15,10 +14,9 @@ from pathlib import Path
 import orbax.checkpoint.experimental.v1  # noqa: F401  imported once, before the forks
 import tensorstore  # noqa: F401
 
+from qwen_jax.convert import converter, orbax_folder
 from qwen_jax.errors import CheckpointError
 
-converter = importlib.import_module("qwen_jax.convert.converter")
-orbax_folder = importlib.import_module("qwen_jax.convert.orbax_folder")
 STEPS = {
     "finish": (orbax_folder.OrbaxWriter, "finish"),
     "companions": (converter, "_copy_companions"),

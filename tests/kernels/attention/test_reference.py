@@ -120,7 +120,7 @@ def test_memory_is_a_tile_pair_not_the_score_matrix() -> None:
 
 
 def test_unknown_backend_is_named() -> None:
-    with pytest.raises(ValueError, match="no attention backend 'nope'; there are .*xla"):
+    with pytest.raises(ValueError, match=r"no attention backend 'nope'; there are .*xla"):
         api.attend(
             *(jnp.zeros(()),) * 3, layer=0, q_start=0, kv_len_B=0, rotary=None, scale_B=0, backend="nope"
         )  # type: ignore[arg-type]
