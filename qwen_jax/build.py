@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 
 from qwen_jax.config import DualChunk, ModelConfig
 from qwen_jax.convert import Progress
+from qwen_jax.errors import ConfigError
 from qwen_jax.hub import resolve
 from qwen_jax.loading import load_params, open_checkpoint
 from qwen_jax.model import Qwen2
@@ -48,6 +49,8 @@ def with_dca(config: ModelConfig, dca: DualChunk | Literal[False] | None) -> Mod
     """The config with dual chunk attention replaced (a DualChunk), removed (False) or kept (None)."""
     if dca is None:
         return config
+    if dca is not False and not isinstance(dca, DualChunk):
+        raise ConfigError(f"dca takes a DualChunk, False or None, got {dca!r:.80}")
     return dataclasses.replace(config, dual_chunk=dca or None)
 
 

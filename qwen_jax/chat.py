@@ -50,6 +50,8 @@ class Chat:
     def _turn(self, text: str, params: SamplingParams | None) -> Generator[str, None, Generation]:
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = self._llm.token_ids(self._llm.render(messages))
+        if self._context.lost:
+            self._context = self._llm.new_context()
         held = self._context.token_ids[: len(ids) - 1]  # one token at least must run, to have logits
         different = np.flatnonzero(held != ids[: len(held)])
         self._context.token_ids = held[: different[0]] if len(different) else held

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_jax.cache import KVCache
+from qwen_jax.errors import QwenJaxError
 
 CAPACITY_STEP = 256
 
@@ -27,7 +28,8 @@ def _grown(cache: KVCache, capacity: int) -> KVCache:
 
 
 class Context:
-    """Rows that share a cache. Calls donate the cache's buffers and put the new ones back here, so it is always valid.
+    """Rows that share a cache. Calls donate the cache's buffers and put the new ones back here; only a call that is broken
+    off in between (Ctrl-C, a device out of memory) loses them.
 
     Attributes:
         cache: positions from len(self) on mean nothing.
@@ -38,8 +40,35 @@ class Context:
         self.cache = cache
         self.token_ids = np.zeros(0, np.int32) if token_ids is None else np.asarray(token_ids, np.int32)
 
+        self._turn = 0
+
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def lost(self) -> bool:
+        """Whether the cache's buffers were lost in a call that was broken off."""
+        return self.cache.k.is_deleted() or self.cache.v.is_deleted()
+
+    def begin(self) -> int:
+        """Begins an answer, which writes behind what is held: the answer before it cannot go on. Gives what `require` takes.
+
+        Raises:
+            QwenJaxError: the cache is lost.
+        """
+        if self.lost:
+            raise QwenJaxError(
+                "the document's cache was lost when a call was broken off: prefill or load it again"
+            )
+        self._turn += 1
+        return self._turn
+
+    def require(self, turn: int) -> None:
+        """Raises QwenJaxError if another answer was begun since: the keys of this one are overwritten."""
+        if turn != self._turn:
+            raise QwenJaxError(
+                "another answer was begun on the same document or chat: read one to its end before the next"
+            )
 
     def reserve(self, tokens: int, max_len: int) -> None:
         """Makes room for `tokens` positions in all; copies the cache only when it must grow."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,15 +18,15 @@ from jax.typing import DTypeLike
 from qwen_jax import prefix_io
 from qwen_jax.answer import Answer, Generation
 from qwen_jax.build import load
-from qwen_jax.cache import init_cache
+from qwen_jax.cache import KVCache, init_cache
 from qwen_jax.config import DualChunk
 from qwen_jax.context import Context, Document, capacity_for
 from qwen_jax.decode import BLOCK, NO_TOKEN, Request, decode_block, first_token
-from qwen_jax.errors import QwenJaxError
 from qwen_jax.hub import resolve
 from qwen_jax.model import Qwen2
 from qwen_jax.prefill import Prefiller, default_chunk
 from qwen_jax.progress import progress_bar
+from qwen_jax.request import Prompt, RequestError, ids_of, pad, split_prompts
 from qwen_jax.sampling import (
     GenerationDefaults,
     ResolvedSampling,
@@ -36,13 +37,8 @@ from qwen_jax.sampling import (
 )
 from qwen_jax.tokenizer import Tokenizer, has_tokenizer
 
-Prompt = str | Sequence[int] | np.ndarray
 STREAM_BLOCK = 8  # tokens between two pieces of streamed text
 DEFAULT_NEW_TOKENS = 512
-
-
-class RequestError(QwenJaxError):
-    """A prompt or a setting that cannot be served."""
 
 
 class LLM:
@@ -75,10 +71,10 @@ class LLM:
             path_or_model: a Hugging Face folder, a converted folder, a hub id, or a loaded `Qwen2`.
             max_len: default: the config's max_position_embeddings.
             prefill_chunk: tokens of a prefill piece; default `prefill.default_chunk`.
-            dtype: of weights and activations; default: the checkpoint's.
+            dtype: of weights and activations; default: the checkpoint's. It and `dca` are for a path.
             kv_dtype: of the cache; default: that of the weights.
             weight_dtype, sparsity: not built yet, refused unless None.
-            mesh: where weights and cache go; default: one device.
+            mesh: where weights and cache go; default: one device, or where a loaded model is.
             dca: dual chunk attention to use instead of the config's; False: none.
             tokenizer: default: the one in the checkpoint's folder, if any.
             batch_size: most prompts that run together.
@@ -93,7 +89,10 @@ class LLM:
             )
         if sparsity is not None:
             raise RequestError(f"sparsity={sparsity!r} is not built yet; leave it out for dense attention")
+        if batch_size < 1:
+            raise RequestError(f"batch_size must be at least 1, got {batch_size}")
         if isinstance(path_or_model, Qwen2):
+            _check_loaded(path_or_model, dtype=dtype, dca=dca, mesh=mesh)
             self.model, self.tokenizer, self.defaults = path_or_model, tokenizer, GenerationDefaults()
         else:
             folder = resolve(path_or_model)
@@ -145,11 +144,12 @@ class LLM:
         Raises:
             QwenJaxError: empty prompt, token id outside the vocabulary, prompt and answer beyond max_len.
         """
-        single = _is_single(prompts)
-        given: Any = [prompts] if single else prompts
+        single, given = split_prompts(prompts)
         rows = [self.token_ids(prompt) for prompt in given]
         settings = self._settings(params, len(rows))
         out: list[Generation] = []
+        if prefix is not None:
+            self._check_made_here(prefix)
         if prefix is not None and not anew:
             for ids, setting in zip(rows, settings, strict=True):
                 answers = [self._answer(setting, len(prefix) + len(ids))]
@@ -168,12 +168,24 @@ class LLM:
         return out[0] if single else out
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, prefix: Document | None = None
-    ) -> Iterator[str]:
-        """Yields the answer as it grows, in pieces of whole characters. Arguments and errors as in `generate`."""
-        yield from self.run_context(
-            self.new_context() if prefix is None else prefix, self.token_ids(prompt), params
-        )
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        prefix: Document | None = None,
+        anew: bool = False,
+    ) -> Generator[str, None, Generation]:
+        """Yields the answer as it grows, in pieces of whole characters, and returns it whole.
+
+        Arguments and errors as in `generate`. A document gives one answer at a time: asking it again ends the stream
+        before, which raises QwenJaxError if read on.
+        """
+        ids, context = self.token_ids(prompt), prefix
+        if prefix is not None:
+            self._check_made_here(prefix)
+            if anew:
+                ids, context = np.concatenate([prefix.token_ids, ids]), None
+        return (yield from self.run_context(self.new_context() if context is None else context, ids, params))
 
     def run_context(
         self, context: Context, ids: np.ndarray, params: SamplingParams | None = None
@@ -212,9 +224,7 @@ class LLM:
         """
         ids = self.token_ids(text)
         self._check_length(len(ids), 0)
-        document = Document(
-            self._empty_cache(1, len(ids)), np.zeros(0, np.int32), prefix_io.owner(self.model)
-        )
+        document = Document(self._empty_cache(1, len(ids)), np.zeros(0, np.int32), self._owner)
         self._extend(document, [ids])
         document.token_ids = ids
         return document
@@ -225,9 +235,12 @@ class LLM:
         Raises:
             QwenJaxError: no such document, longer than max_len, or made by a model of another shape or position scheme.
         """
-        document = prefix_io.load(Path(path), self.model, self._kv_dtype, lambda n: self._empty_cache(1, n))
-        self._check_length(len(document), 0)
-        return document
+
+        def allocate(tokens: int) -> KVCache:
+            self._check_length(tokens, 0)
+            return self._empty_cache(1, tokens)
+
+        return prefix_io.load(Path(path), self.model, self._kv_dtype, allocate)
 
     def score(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Log-probability of each next token, float32[T - 1], through the same chunked prefill.
@@ -251,15 +264,16 @@ class LLM:
         block: int,
     ) -> Iterator[list[str]]:
         """Prefills `rows` behind what the context holds, decodes, feeds `answers`; yields each row's new text after a block."""
+        turn = context.begin()
         context.reserve(
             len(context) + max(len(r) + a.limit for r, a in zip(rows, answers, strict=True)), self.max_len
         )
         last_BD = self._extend(context, rows)
         lengths_B = np.array([len(context) + len(ids) for ids in rows], np.int32)
         whole = [np.concatenate([context.token_ids, ids]) for ids in rows]
-        whole_BT = _pad(whole, width=context.cache.capacity)  # one program serves every length
+        whole_BT = pad(whole, width=context.cache.capacity)  # one program serves every length
         seen_BV = seen_tokens(jnp.asarray(whole_BT), jnp.asarray(lengths_B), self.config.vocab_size)
-        eos_BE = _pad([np.array(s.eos_token_ids or (NO_TOKEN,), np.int32) for s in settings], fill=NO_TOKEN)
+        eos_BE = pad([np.array(s.eos_token_ids or (NO_TOKEN,), np.int32) for s in settings], fill=NO_TOKEN)
         limit_B = np.array([answer.limit for answer in answers], np.int32)
         request = Request(
             jnp.asarray(lengths_B),
@@ -277,6 +291,7 @@ class LLM:
             )  # a stop string ends rows the device thinks alive
             if done_B.all():
                 return
+            context.require(turn)
             state = state._replace(done_B=jnp.asarray(done_B))
             out_BT, context.cache, state = decode_block(
                 self._graph, self._params, request, context.cache, state, jnp.int32(block)
@@ -285,7 +300,7 @@ class LLM:
 
     def _extend(self, context: Context, rows: list[np.ndarray]) -> jax.Array:
         """Runs right-padded rows behind what the context holds; returns each row's last hidden state [B, D]."""
-        tokens_BT, start = _pad(rows), len(context)
+        tokens_BT, start = pad(rows), len(context)
         lengths_B = np.array([start + len(ids) for ids in rows], np.int32)
         queued: jax.Array | None = None
         before = 0
@@ -302,7 +317,7 @@ class LLM:
         longest = max(len(ids) + answer.limit for ids, answer in zip(rows, answers, strict=True))
         return Context(self._empty_cache(len(rows), longest))
 
-    def _empty_cache(self, rows: int, tokens: int) -> Any:
+    def _empty_cache(self, rows: int, tokens: int) -> KVCache:
         return init_cache(self.config, rows, capacity_for(tokens, self.max_len), self._kv_dtype, self._mesh)
 
     def _answer(self, setting: ResolvedSampling, prompt: int) -> Answer:
@@ -325,24 +340,17 @@ class LLM:
 
     def token_ids(self, prompt: Prompt) -> np.ndarray:
         """int32[T] of a prompt. Raises QwenJaxError: empty, not text or a flat list of ids, an id outside the vocabulary."""
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise RequestError("the checkpoint has no tokenizer: give token ids instead of text")
-            ids = np.asarray(self.tokenizer.encode(prompt), np.int64)
-        else:
-            ids = np.asarray(prompt)
-        if ids.size == 0:
-            raise RequestError("the prompt is empty")
-        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+        return ids_of(prompt, self.tokenizer, self.config.vocab_size)
+
+    @functools.cached_property
+    def _owner(self) -> dict[str, object]:
+        return prefix_io.owner(self.model)
+
+    def _check_made_here(self, prefix: Document) -> None:
+        if prefix.owner != self._owner:
             raise RequestError(
-                f"a prompt is text or a list of token ids, got {ids.dtype} of shape {ids.shape}"
+                "the prefix was made with another model, or with other positions: prefill the text with this one"
             )
-        wrong = ids[(ids < 0) | (ids >= self.config.vocab_size)]
-        if len(wrong):
-            raise RequestError(
-                f"token id {wrong[0]} is outside the vocabulary of {self.config.vocab_size} tokens"
-            )
-        return ids.astype(np.int32)
 
     def _check_length(self, prompt: int, new: int) -> None:
         if prompt + new > self.max_len:
@@ -352,16 +360,16 @@ class LLM:
             )
 
 
-def _is_single(prompts: Any) -> bool:
-    """A string, or a flat list of ids; an empty list is one (empty) prompt."""
-    return isinstance(prompts, str) or len(prompts) == 0 or isinstance(prompts[0], (int, np.integer))
-
-
-def _pad(rows: list[np.ndarray], *, fill: int = 0, width: int | None = None) -> np.ndarray:
-    """int32[B, width], right-padded; by default as wide as the longest row."""
-    width = max(map(len, rows)) if width is None else width
-    padded = [np.pad(row, (0, width - len(row)), constant_values=fill) for row in rows]
-    return np.stack(padded).astype(np.int32)
+def _check_loaded(model: Qwen2, *, dtype: object, dca: object, mesh: Mesh | None) -> None:
+    """Refuses settings that would come too late for a loaded model."""
+    for name, value in (("dtype", dtype), ("dca", dca)):
+        if value is not None:
+            raise RequestError(
+                f"{name}= comes too late for a loaded model: give it to `load`, or give LLM the path"
+            )
+    devices = model.embed.weight[...].devices()
+    if mesh is not None and set(mesh.devices.flat) != devices:
+        raise RequestError("mesh= names other devices than those the loaded model is on: give it to `load`")
 
 
 def _kv_dtype(wanted: DTypeLike | None, weights: np.dtype) -> np.dtype:

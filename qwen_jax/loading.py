@@ -52,9 +52,7 @@ def load_params(
         QwenJaxError: the mesh does not divide the model.
     """
     config = source.config
-    target = source.dtype if dtype is None else np.dtype(dtype)
-    if target not in DTYPES.values():
-        raise QwenJaxError(f"dtype {target} is not one of {', '.join(DTYPES)}")
+    target = source.dtype if dtype is None else _supported(dtype)
     placed = shardings(config, full_mesh(mesh), rules)
     rows = params(config)
     total = sum(tensor_bytes(source, p) * (config.num_layers if p.stacked else 1) for p in rows)
@@ -88,6 +86,17 @@ def load_params(
                 advance(param)
             loaded[param.path] = stack
     return loaded
+
+
+def _supported(dtype: DTypeLike) -> np.dtype:
+    choices = ", ".join(DTYPES)
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        raise QwenJaxError(f"dtype {dtype!r} is not one of {choices}") from None
+    if found not in DTYPES.values():
+        raise QwenJaxError(f"dtype {found} is not one of {choices}")
+    return found
 
 
 Shards = dict[jax.Device, np.ndarray]

@@ -145,7 +145,9 @@ class Prefiller:
     """
 
     def __init__(self, graph: nnx.GraphDef, params: nnx.State, config: ModelConfig, chunk: int):
-        self.graph, self.params, self.config, self.chunk = graph, params, config, chunk
+        self.graph, self.params, self.config = graph, params, config
+        # A piece ends at a multiple of s: a longer chunk would only pad it.
+        self.chunk = min(chunk, config.dual_chunk.chunk_len) if config.dual_chunk else chunk
         placed: Any = params["embed"]["weight"][...]
         self.dtype = placed.dtype
         # On the weights' mesh, as every piece returns it: on another the first piece would compile a program of its own.

@@ -80,7 +80,9 @@ def load(path: Path, model: Qwen2, dtype: np.dtype, new_cache: Callable[[int], K
             raise CheckpointError(
                 f"{path}: its cache is {meta['dtype']}, this one {dtype.name}: pass kv_dtype={meta['dtype']!r}"
             )
-    except (TypeError, KeyError, AttributeError, OverflowError):
+    except CheckpointError:
+        raise
+    except (TypeError, KeyError, AttributeError, OverflowError, ValueError):
         raise CheckpointError(f"{path / _META}: not the description of a saved document") from None
     tensors = read_header(path / _DATA)
     L, _, K, _, H = cache_shape(model.config, 1, 0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ class SamplingParams:
         seed: of the draw; the same seed and prompt give the same answer, whatever else is in the batch.
         stop: texts that end the answer; they are not part of it.
         ignore_eos: go on past the end token.
-        eos_token_ids: tokens that end the answer.
+        eos_token_ids: token or tokens that end the answer.
     """
 
     max_new_tokens: int | None = None
@@ -65,7 +65,7 @@ class SamplingParams:
     seed: int = 0
     stop: str | tuple[str, ...] = ()
     ignore_eos: bool = False
-    eos_token_ids: tuple[int, ...] | None = None
+    eos_token_ids: int | tuple[int, ...] | None = None
 
     def resolve(self, defaults: GenerationDefaults | None = None) -> ResolvedSampling:
         """Fills in the checkpoint's defaults and checks every value.
@@ -79,9 +79,9 @@ class SamplingParams:
         top_k = 0 if greedy else _first(self.top_k, defaults.top_k)
         top_p = 1.0 if greedy else _first(self.top_p, defaults.top_p)
         penalty = _first(self.repetition_penalty, defaults.repetition_penalty)
-        eos = () if self.ignore_eos else _first(self.eos_token_ids, defaults.eos_token_ids)
+        eos = () if self.ignore_eos else _listed(_first(self.eos_token_ids, defaults.eos_token_ids))
         new = _first(self.max_new_tokens, defaults.max_new_tokens)
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        stop = _listed(self.stop)
 
         _check(
             _is_number(temperature) and _TINY <= temperature <= _HUGE,
@@ -114,7 +114,7 @@ class SamplingParams:
             repetition_penalty=float(penalty),
             seed=int(self.seed),
             stop=stop,
-            eos_token_ids=tuple(eos),
+            eos_token_ids=eos,
         )
 
     def _is_greedy(self, defaults: GenerationDefaults) -> bool:
@@ -297,6 +297,11 @@ _TINY, _HUGE = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 def _first[T](value: T | None, default: T) -> T:
     return default if value is None else value
+
+
+def _listed(value: Any) -> tuple[Any, ...]:
+    """One value, or several."""
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
 def _is_number(value: object) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -148,6 +150,58 @@ def test_a_saved_document_of_another_model_is_refused(llm: LLM, tmp_path: Path) 
         llm.load_prefix(tmp_path)
 
 
+def test_a_saved_document_longer_than_max_len_is_refused(llm: LLM, tmp_path: Path) -> None:
+    LLM(random_model(), max_len=1024).prefill([1] * 300).save(tmp_path / "doc")
+    with pytest.raises(QwenJaxError, match="300 tokens do not fit max_len=256"):
+        llm.load_prefix(tmp_path / "doc")
+
+
+def test_a_saved_document_with_damaged_ids_is_refused(llm: LLM, tmp_path: Path) -> None:
+    llm.prefill(ROWS[0]).save(tmp_path / "doc")
+    description = json.loads((tmp_path / "doc" / "document.json").read_text())
+    (tmp_path / "doc" / "document.json").write_text(json.dumps(description | {"token_ids": ["x"]}))
+    with pytest.raises(QwenJaxError, match="not the description of a saved document"):
+        llm.load_prefix(tmp_path / "doc")
+
+
+def test_a_document_of_another_model_is_refused(llm: LLM) -> None:
+    stranger = LLM(random_model(seed=1), max_len=256).prefill(ROWS[0])
+    for anew in (False, True):
+        with pytest.raises(QwenJaxError, match="the prefix was made with another model"):
+            llm.generate(ROWS[0], GREEDY, prefix=stranger, anew=anew)
+
+
+def test_answers_on_one_document_do_not_mix(text_llm: LLM) -> None:
+    """The second answer overwrites the keys of the first, which must not go on as if nothing had happened."""
+    prefix = text_llm.prefill("a document")
+    alone = text_llm.generate("and b", GREEDY, prefix=prefix).text
+    first = text_llm.stream("a", dataclasses.replace(GREEDY, max_new_tokens=40), prefix=prefix)
+    second = text_llm.stream("and b", GREEDY, prefix=prefix)
+    next(first)
+    assert next(second) + "".join(second) == alone
+    with pytest.raises(QwenJaxError, match="another answer was begun on the same document"):
+        list(first)
+
+
+def test_a_streamed_answer_can_be_prefilled_anew(text_llm: LLM) -> None:
+    prefix = text_llm.prefill("a document")
+    streamed = "".join(text_llm.stream("and b", GREEDY, prefix=prefix, anew=True))
+    assert streamed == text_llm.generate("a documentand b", GREEDY).text
+    assert len(prefix) == len("a document")
+
+
+def test_a_cache_lost_in_a_broken_call_is_told(llm: LLM, text_llm: LLM) -> None:
+    prefix = llm.prefill(ROWS[0])
+    prefix.cache.k.delete()  # what Ctrl-C between donation and return leaves
+    with pytest.raises(QwenJaxError, match="prefill or load it again"):
+        llm.generate(ROWS[0], GREEDY, prefix=prefix)
+    chat = Chat(text_llm)
+    first = chat.send("hello", GREEDY).text
+    chat._context.cache.k.delete()
+    assert chat.send("hello", GREEDY).text != ""
+    assert chat.messages[1]["content"] == first
+
+
 # Text.
 
 
@@ -209,6 +263,9 @@ def test_an_abandoned_turn_leaves_the_conversation_as_it_was(text_llm: LLM) -> N
         (np.zeros(250, int), "250 tokens and 12 new ones do not fit max_len=256"),
         ("text", "the checkpoint has no tokenizer"),
         ([[1.5]], "text or a list of token ids"),
+        ([[[1], [2, 3]]], "text or a flat list of token ids"),
+        (5, "text or a list of token ids, got int"),
+        (None, "text or a list of token ids, got NoneType"),
     ],
 )
 def test_bad_prompts_are_refused_in_one_line(llm: LLM, prompt: object, message: str) -> None:
@@ -231,11 +288,19 @@ def test_an_empty_text_is_refused(text_llm: LLM) -> None:
         ({"kv_dtype": "fp8"}, "kv_dtype='fp8' is not built yet"),
         ({"max_len": 0}, "max_len must be at least 1"),
         ({"prefill_chunk": 0}, "prefill_chunk must be at least 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"dtype": "bfloat16"}, "dtype= comes too late for a loaded model"),
+        ({"dca": False}, "dca= comes too late for a loaded model"),
+        ({"mesh": jax.make_mesh((2,), ("tensor",))}, "mesh= names other devices"),
     ],
 )
 def test_settings_that_are_not_built_are_refused_by_name(setting: dict[str, object], message: str) -> None:
     with pytest.raises(QwenJaxError, match=message):
         LLM(random_model(), **setting)  # type: ignore[arg-type]
+
+
+def test_a_chunk_longer_than_s_is_not_padded() -> None:
+    assert LLM(random_model(), max_len=256, prefill_chunk=1000)._prefiller.chunk == S
 
 
 def test_plain_rope_does_not_go_beyond_the_models_positions(tmp_path: Path) -> None:

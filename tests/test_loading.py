@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from qwen_jax import loading
+from qwen_jax.build import with_dca
 from qwen_jax.config import ModelConfig
 from qwen_jax.convert.converter import convert
 from qwen_jax.convert.source import DTYPES, TensorSource
@@ -98,6 +99,17 @@ def test_nan_is_refused_on_loading(tmp_path):
     save_file(tensors, file)
     with pytest.raises(CheckpointError, match=r"layers\.2\.self_attn\.k_proj\.bias holds NaN or infinity"):
         load_params(open_checkpoint(tmp_path / "hf"))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int8", 5])
+def test_another_dtype_is_refused(folder, dtype):
+    with pytest.raises(QwenJaxError, match="is not one of bfloat16, float16, float32"):
+        load_params(open_checkpoint(folder), dtype=dtype)
+
+
+def test_dca_takes_nothing_but_a_dual_chunk(folder):
+    with pytest.raises(QwenJaxError, match="dca takes a DualChunk, False or None"):
+        with_dca(open_checkpoint(folder).config, (32768, 4096))
 
 
 def test_layers_are_written_in_place(folder):

@@ -283,7 +283,8 @@ def test_none_takes_the_checkpoints_default() -> None:
     assert (mine.max_new_tokens, mine.top_p, mine.temperature, mine.seed) == (5, 0.5, 0.7, 7)
     assert mine.stop == ("END",)
     assert mine.eos_token_ids == ()
-    assert SamplingParams(eos_token_ids=(1,)).resolve(INSTRUCT).eos_token_ids == (1,)
+    for one in (1, (1,), [1]):
+        assert SamplingParams(eos_token_ids=one).resolve(INSTRUCT).eos_token_ids == (1,)
     base = GenerationDefaults.from_dict({"do_sample": False, "eos_token_id": 151643, "max_new_tokens": 2048})
     assert SamplingParams().resolve(base).max_new_tokens == 2048
 
@@ -333,6 +334,7 @@ def test_when_it_is_greedy(params: dict, defaults: GenerationDefaults, greedy: b
         ({"seed": 2**63}, "seed"),
         ({"stop": ("a", "")}, "stop must be texts that are not empty"),
         ({"eos_token_ids": (-1,)}, "eos_token_ids must be token ids"),
+        ({"stop": 5}, "stop must be texts that are not empty"),
         (
             {"greedy": True, "temperature": 0.7},
             "greedy=True leaves nothing to sample: drop it, or drop temperature=0.7",

@@ -86,6 +86,14 @@ def command(
             metavar="DIR", help="Save the prefilled document to this new folder.", rich_help_panel=_PROMPT
         ),
     ] = None,
+    anew: Annotated[
+        bool,
+        typer.Option(
+            "--anew",
+            help="Prefill the saved document again with each question: exact, and slow.",
+            rich_help_panel=_PROMPT,
+        ),
+    ] = False,
     stream: Annotated[
         bool,
         typer.Option("--stream/--no-stream", help="Show the answer as it grows.", rich_help_panel=_PROMPT),
@@ -115,7 +123,7 @@ def command(
     message if the checkpoint has a chat template; with [bold]--raw[/bold], or without a template, the question follows
     the document directly.
     """
-    _check(prompt, prompt_file, token_ids, prefix, question, chat, raw, save_prefix)
+    _check(prompt, prompt_file, token_ids, prefix, question, chat, raw, save_prefix, anew)
     text: Prompt | None = options.token_ids(token_ids) if token_ids is not None else prompt
     if prompt_file is not None:
         text = options.text_of(prompt_file, "--prompt-file")
@@ -166,8 +174,8 @@ def command(
         document.save(save_prefix)
         typer.echo(f"{save_prefix}: saved", err=True)
     if prefix is not None and text is not None:  # a continuation of the saved document
-        _answer(llm, text, params, document, as_ids=token_ids is not None, stream=stream)
-    _answer_all(llm, questions, params, document, frame, stream)
+        _answer(llm, text, params, document, anew=anew, as_ids=token_ids is not None, stream=stream)
+    _answer_all(llm, questions, params, document, frame, anew, stream)
     return None
 
 
@@ -180,6 +188,7 @@ def _check(
     chat: bool,
     raw: bool,
     save_prefix: str | None,
+    anew: bool,
 ) -> None:
     """Refuses what does not go together, before anything is loaded."""
     given = [
@@ -197,6 +206,8 @@ def _check(
         raise QwenJaxError(f"{given[0]} and --question both follow --prefix: give one of them")
     if prefix is not None and save_prefix is not None:
         raise QwenJaxError("--prefix is saved already: leave out --save-prefix")
+    if anew and prefix is None:
+        raise QwenJaxError("--anew goes with --prefix: without it everything is prefilled anyway")
     if any(not question.strip() for question in questions or []):
         raise QwenJaxError("--question: the question is empty")
     if token_ids is not None and (chat or questions):
@@ -231,12 +242,18 @@ def _prefill(llm: LLM, ids: np.ndarray) -> Document:
 
 
 def _answer_all(
-    llm: LLM, questions: list[str], params: SamplingParams, document: Document, frame: Frame, stream: bool
+    llm: LLM,
+    questions: list[str],
+    params: SamplingParams,
+    document: Document,
+    frame: Frame,
+    anew: bool,
+    stream: bool,
 ) -> None:
     for number, text in enumerate(questions):
         if len(questions) > 1:
             typer.echo(("\n" if number else "") + f"> {text}", err=True)
-        _answer(llm, frame.question(text), params, document, stream=stream)
+        _answer(llm, frame.question(text), params, document, anew=anew, stream=stream)
 
 
 def _answer(
@@ -245,12 +262,13 @@ def _answer(
     params: SamplingParams,
     prefix: Document | None = None,
     *,
+    anew: bool = False,
     as_ids: bool = False,
     stream: bool = True,
 ) -> None:
     """Prints one answer to stdout, and to stderr how long it took."""
     start = time.perf_counter()
-    pieces = llm.run_context(llm.new_context() if prefix is None else prefix, llm.token_ids(prompt), params)
+    pieces = llm.stream(prompt, params, prefix=prefix, anew=anew)
     first: float | None = None
     while True:
         try:

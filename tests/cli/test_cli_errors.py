@@ -131,6 +131,7 @@ REQUESTS = {
     "chat and question": (["--prompt", "a", "--chat", "--question", "b"], "--chat is for a prompt alone"),
     "empty question": (["--prompt", "a", "--question", " "], "the question is empty"),
     "lonely prefix": (["--prefix", "x"], "--prefix needs a --question"),
+    "anew without a prefix": (["--prompt", "a", "--anew"], "--anew goes with --prefix"),
     "no such prefix": (["--prefix", "nowhere", "--question", "a"], "nowhere: not a saved document"),
     "no file": (["--prompt-file", "nowhere.txt"], "--prompt-file nowhere.txt: No such file"),
     "a folder": (["--prompt-file", "."], "--prompt-file .: Is a directory"),

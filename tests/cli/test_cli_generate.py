@@ -118,7 +118,11 @@ def test_a_saved_document_is_continued(run, checkpoint: Path, llm: LLM, tmp_path
     saved = tmp_path / "document"
     run("generate", checkpoint, "--token-ids", ",".join(map(str, range(50))), "--save-prefix", saved)
     out = run("generate", checkpoint, "--prefix", saved, "--token-ids", "50,51", *N)
-    assert out.stdout.split() == [str(n) for n in llm.generate(np.arange(52), EIGHT).token_ids]
+    want = [str(n) for n in llm.generate(np.arange(52), EIGHT).token_ids]
+    assert out.stdout.split() == want
+    anew = run("generate", checkpoint, "--prefix", saved, "--token-ids", "50,51", "--anew", *N)
+    assert anew.stdout.split() == want
+    assert anew.stderr.startswith(f"{saved}: 50 tokens\n52 tokens of prompt")
 
 
 def test_sampling_options_reach_the_sampler(run, checkpoint: Path, llm: LLM) -> None:
