@@ -349,6 +349,13 @@ def test_warnings() -> None:
     assert made.warnings == (
         "the context is longer than the 32,768 positions the model is made for",
         "data=2 is more than the 1 rows: devices stay idle",
+        "planned for, but not built yet: data=2",
+    )
+    ahead = plan(
+        B7, 4096, "h200:8", kv_dtype="int8", weight_dtype="fp8", density=0.1, mesh="context=2,tensor=4"
+    )
+    assert ahead.warnings == (
+        "planned for, but not built yet: context=2, an 8-bit cache, 8-bit weights, sparse prefill",
     )
     assert not plan(B7, 4096, "h200:1").warnings
 
