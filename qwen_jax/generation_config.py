@@ -123,6 +123,8 @@ class GenerationDefaults:
             "max_new_tokens": _typed(raw, "max_new_tokens", int),
             "eos_token_ids": token_ids(raw.get("eos_token_id"), "eos_token_id"),
         }
+        if values["max_new_tokens"] is not None and values["max_new_tokens"] < 1:
+            raise ConfigError(f"max_new_tokens must be at least 1, got {values['max_new_tokens']}")
         return cls(**{key: value for key, value in values.items() if value is not None})
 
 

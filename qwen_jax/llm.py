@@ -321,10 +321,10 @@ class LLM:
         return init_cache(self.config, rows, capacity_for(tokens, self.max_len), self._kv_dtype, self._mesh)
 
     def _answer(self, setting: ResolvedSampling, prompt: int) -> Answer:
-        """An empty answer of at most max_new_tokens; without that setting, 512 or what still fits."""
+        """An empty answer of at most max_new_tokens; if nobody asked for a number, the checkpoint's, or 512, or what fits."""
         limit = setting.max_new_tokens
         if limit is None:
-            limit = max(1, min(DEFAULT_NEW_TOKENS, self.max_len - prompt))
+            limit = max(1, min(self.defaults.max_new_tokens or DEFAULT_NEW_TOKENS, self.max_len - prompt))
         self._check_length(prompt, limit)
         if setting.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and the checkpoint has none")
@@ -336,7 +336,9 @@ class LLM:
         given = [params] * rows if params is None or isinstance(params, SamplingParams) else list(params)
         if len(given) != rows:
             raise RequestError(f"{len(given)} sampling settings for {rows} prompts")
-        return [(p or SamplingParams()).resolve(self.defaults) for p in given]
+        # The checkpoint's max_new_tokens is no wish of the caller's: it gives way to max_len, in `_answer`.
+        defaults = dataclasses.replace(self.defaults, max_new_tokens=None)
+        return [(p or SamplingParams()).resolve(defaults) for p in given]
 
     def token_ids(self, prompt: Prompt) -> np.ndarray:
         """int32[T] of a prompt. Raises QwenJaxError: empty, not text or a flat list of ids, an id outside the vocabulary."""

@@ -83,6 +83,17 @@ def test_the_configs_end_tokens_count_when_there_is_no_generation_config(llm: LL
     assert llm.defaults.eos_token_ids == CONFIG.eos_token_ids
 
 
+def test_the_checkpoints_max_new_tokens_gives_way_to_max_len(tmp_path: Path) -> None:
+    folder = tiny_checkpoint.write(tmp_path / "ckpt")
+    for most, given in ((5, 5), (5000, 6)):
+        (folder / "generation_config.json").write_text(json.dumps({"max_new_tokens": most}))
+        answer = LLM(folder, max_len=16).generate([1] * 10, SamplingParams(greedy=True, ignore_eos=True))
+        assert len(answer.token_ids) == given
+    (folder / "generation_config.json").write_text('{"max_new_tokens": 0}')
+    with pytest.raises(QwenJaxError, match="max_new_tokens must be at least 1, got 0"):
+        LLM(folder)
+
+
 def test_score_is_the_log_softmax_of_the_logits(llm: LLM) -> None:
     ids = ROWS[1]
     want = jax.nn.log_softmax(llm.model(jnp.asarray(ids)[None]))[0]
