@@ -1,4 +1,4 @@
-"""What the Hopper kernels share: the chip's size, turns and rings on barriers."""
+"""What the Hopper kernels share: what the chip is, and rings of shared memory."""
 
 from __future__ import annotations
 
@@ -12,12 +12,9 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.mosaic import gpu as mgpu
 
 LOG2E = math.log2(math.e)
 SHARED_BYTES = 227 * 1024  # shared memory a block may take
-_WARPGROUP = 128
-_FIRST_BARRIER = 5  # Mosaic GPU takes barrier 0 and one a warpgroup; 16 exist
 
 
 def tiled(itemsize: int) -> Any:
@@ -46,81 +43,47 @@ def why_not_hopper() -> str | None:
     return None
 
 
-def _named_barrier(operation: str, barrier_id: jax.Array, num_threads: int) -> None:
-    """`bar.sync` or `bar.arrive` of the PTX barrier `barrier_id`, of which `num_threads` threads take part."""
-
-    # jax's GPU interpreter knows this operation by the names `bar_op`, `operation` and `num_threads`.
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))
-    def bar_op(_, barrier_id):  # type: ignore[no-untyped-def]
-        mgpu.utils.inline_ptx(
-            f"bar.{operation} $0, {num_threads};", barrier_id.registers[()], has_side_effects=True
-        )
-
-    bar_op(jnp.asarray(barrier_id, jnp.int32))
-
-
-@dataclasses.dataclass(frozen=True)
-class Turns:
-    """Lets `wgs` warpgroups issue their products in turn, 0, 1, ..., 0, so that one's softmax meets others' products."""
-
-    wg: jax.Array
-    wgs: int
-
-    def open(self) -> None:
-        """Every warpgroup calls this once, first: it gives the first turn to warpgroup 0."""
-        pl.when(self.wg == self.wgs - 1)(
-            lambda: _named_barrier("arrive", jnp.int32(_FIRST_BARRIER), 2 * _WARPGROUP)
-        )
-
-    def take(self) -> None:
-        """Waits for the turn."""
-        _named_barrier("sync", _FIRST_BARRIER + self.wg, 2 * _WARPGROUP)
-
-    def give(self) -> None:
-        """Passes the turn on."""
-        _named_barrier("arrive", _FIRST_BARRIER + lax.rem(self.wg + 1, jnp.int32(self.wgs)), 2 * _WARPGROUP)
-
-
 @dataclasses.dataclass(frozen=True)
 class Ring:
-    """Tells one producer warp that all `wgs` consumer warpgroups have read a slot of keys or of values.
+    """Slots of shared memory through which one producer warp hands tiles to consumer warpgroups, in order.
 
-    `barriers` is None for PTX barriers (no shared memory, one instruction a warp) or a plgpu.Barrier of 2 * stages.
+    Tiles are counted from 0 over a block's whole life; tile n lies in slot n mod stages.
+
+    Attributes:
+        tiles: shared memory [stages, ...].
+        full: a plgpu.Barrier of `stages`: the copy into a slot has arrived.
+        free: one with an arrival a consumer warpgroup: all have read the slot; a plgpu.ClusterBarrier if blocks share copies.
+        cluster: name of the axis of blocks that share every copy, or None.
     """
 
-    stages: int
-    wgs: int
-    barriers: Any = None
+    tiles: Any
+    full: Any
+    free: Any
+    cluster: str | None = None
 
-    @staticmethod
-    def named_fit(stages: int, wgs: int) -> bool:
-        """Whether PTX barriers suffice for this ring and the turns of its consumers."""
-        return _FIRST_BARRIER + wgs + 2 * stages <= 16
+    @property
+    def stages(self) -> int:
+        return self.tiles.shape[0]
 
-    def _arrive(self, index: jax.Array) -> None:
-        if self.barriers is None:
-            _named_barrier("arrive", _FIRST_BARRIER + self.wgs + index, self.wgs * _WARPGROUP + 32)
-        else:
-            plgpu.barrier_arrive(self.barriers.at[index])
+    def slot(self, n: jax.Array) -> jax.Array:
+        """Slot of tile n."""
+        return lax.rem(n, jnp.int32(self.stages))
 
-    def _wait(self, index: jax.Array) -> None:
-        if self.barriers is None:
-            _named_barrier("sync", _FIRST_BARRIER + self.wgs + index, self.wgs * _WARPGROUP + 32)
-        else:
-            plgpu.barrier_wait(self.barriers.at[index])
+    def load(self, source: Any, n: jax.Array) -> None:
+        """The producer warp copies tile n from `source`, once its slot is free."""
+        slot = self.slot(n)
+        pl.when(n >= self.stages)(lambda: plgpu.barrier_wait(self.free.at[slot]))
+        plgpu.copy_gmem_to_smem(source, self.tiles.at[slot], self.full.at[slot], collective_axes=self.cluster)
 
-    def free_key(self, slot: jax.Array) -> None:
-        """A consumer warpgroup has read the keys of this slot."""
-        self._arrive(slot)
+    def drain(self, n: jax.Array) -> None:
+        """The producer warp waits until all n tiles have been read, so that no other block signals one that has ended."""
+        for back in range(self.stages):
+            pl.when(n > back)(functools.partial(plgpu.barrier_wait, self.free.at[self.slot(n - 1 - back)]))
 
-    def free_value(self, slot: jax.Array) -> None:
-        """A consumer warpgroup has read the values of this slot."""
-        self._arrive(self.stages + slot)
+    def wait(self, slot: jax.Array) -> None:
+        """A consumer warpgroup waits for a slot's tile."""
+        plgpu.barrier_wait(self.full.at[slot])
 
-    def await_key(self, slot: jax.Array) -> None:
-        """The producer warp waits until every consumer has freed the slot's keys."""
-        self._wait(slot)
-
-    def await_value(self, slot: jax.Array) -> None:
-        """The producer warp waits until every consumer has freed the slot's values."""
-        self._wait(self.stages + slot)
+    def release(self, slot: jax.Array) -> None:
+        """A consumer warpgroup has read a slot's tile."""
+        plgpu.barrier_arrive(self.free.at[slot])

@@ -98,6 +98,11 @@ def relative_error(got: Any, want: Any) -> float:
     return error if np.isfinite(error) else float("inf")
 
 
+def worst_row_error(got: Any, want: Any) -> float:
+    """The largest `relative_error` of a query row; rows that see few keys would hide the others in one norm."""
+    return max(relative_error(g, w) for g, w in zip(got, want, strict=True))
+
+
 def interleaved_medians(
     runs: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]],
     rounds: int = 5,

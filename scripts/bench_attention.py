@@ -217,7 +217,7 @@ def measure(
             run, wait, output = start()
             result = run()
             wait(result)
-            row["error"] = tools.relative_error(output(result)[sample], want)
+            row["error"] = tools.worst_row_error(output(result)[sample], want)
             if row["error"] <= TOLERANCE:
                 runs[contender] = (run, wait)
             else:

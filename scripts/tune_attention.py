@@ -24,13 +24,12 @@ from qwen_jax.kernels.decode_attention import hopper as decode
 PREFILL = {
     128: [
         prefill.Tiling(),
-        prefill.Tiling(named_ring=False),
-        prefill.Tiling(registers=(232, 40)),
-        prefill.Tiling(wgs=3, block_kv=64, stages=4, registers=(160, 32)),
+        prefill.Tiling(registers=(240, 24)),
+        prefill.Tiling(cluster=2),
     ],
     64: [
         prefill.Tiling(stages=3),
-        prefill.Tiling(stages=4, named_ring=False),
+        prefill.Tiling(stages=4),
         prefill.Tiling(wgs=3, stages=3, registers=(160, 32)),
     ],
 }
@@ -38,7 +37,7 @@ DECODE = {
     128: [
         decode.Tiling(128, 2),
         decode.Tiling(64, 5),
-        decode.Tiling(64, 2, blocks_each=2),
+        decode.Tiling(64, 4),
     ],
     64: [decode.Tiling(128, 4), decode.Tiling(64, 8), decode.Tiling(128, 2, blocks_each=2)],
 }

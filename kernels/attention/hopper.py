@@ -1,7 +1,8 @@
 """The Hopper prefill kernel, in Pallas Mosaic GPU: one persistent block a multiprocessor, K and V in a ring of tiles.
 
 A block has two or three consumer warpgroups of 64 query rows each, which walk the key tiles together (`hopper_walk`), and one
-producer warpgroup: its first warp copies K and V tiles (TMA) into a ring, its second warp copies queries.
+producer warpgroup: a warp of it each copies (TMA) tiles of K, tiles of V and queries, so that
+none waits for a slot of another's.
 
 Dual chunk attention costs a comparison a step: key tiles come in order, so the stages come INTER, SUCC, INTRA, and at the two
 boundaries, which are multiples of the tile, a consumer asks for the same queries in the next rotation.
@@ -20,7 +21,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from qwen_jax.kernels.hopper import Ring, Turns, multiprocessors, tiled
+from qwen_jax.kernels.hopper import Ring, multiprocessors, tiled
 from qwen_jax.kernels.hopper_walk import COLUMN, ROW, ROWS, Walk
 
 _L2_BYTES = 32 * 2**20  # K and V of the heads that run side by side should fit in this much of L2
@@ -34,20 +35,20 @@ class Tiling:
         wgs: consumer warpgroups, 2 or 3; a work item is wgs * 64 query rows of one head.
         block_kv: keys a tile.
         stages: tiles of keys, and of values, that the ring holds.
+        cluster: blocks, 1 or 2, that walk the same keys for neighbouring queries and share every copy of K and V.
         registers: a thread of a consumer and of the producer warpgroup; multiples of 8.
-        named_ring: free ring slots by PTX barriers (of which 16 exist) instead of mbarriers.
     """
 
     wgs: int = 2
     block_kv: int = 128
     stages: int = 2
-    registers: tuple[int, int] = (240, 24)
-    named_ring: bool = True
+    cluster: int = 1
+    registers: tuple[int, int] = (232, 40)
 
     @property
     def rows(self) -> int:
         """Query rows of one work item."""
-        return self.wgs * ROWS
+        return self.cluster * self.wgs * ROWS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,33 +81,35 @@ def heads_together(problem: Problem) -> int:
 def prefill(
     problem: Problem, tiling: Tiling, dtype: Any, interpret: Any = None
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """The kernel of these shapes: (where, kv_len, factor, q, k, v) -> (out [B, T, N, H], lse [B, N, T rounded up to items]).
+    """The kernel of these shapes: (where, kv_len, q, k, v) -> (out [B, T, N, H], lse [B, N, T rounded up to items]).
 
-    where: int32[4], (layer, q_start, first SUCC key, first INTRA key). kv_len: int32[B]. factor: float32[B], positive, from
-    q . k to base-2 exponents. q: [versions * B, T, N, H], versions in key order. k, v: [L * B * K, S, H]. T and S are
-    multiples of 8. lse is natural.
+    where: int32[4], (layer, q_start, first SUCC key, first INTRA key). kv_len: int32[B]. q: [versions * B, T, N, H],
+    versions in key order, scaled so that q . k is a base-2 exponent. k, v: [L * B * K, S, H]. T and S are multiples of 8.
+    lse is natural.
     """
     B, T, N, H = problem.batch, problem.queries, problem.heads, problem.head_dim
     wgs, bkv, stages = tiling.wgs, tiling.block_kv, tiling.stages
     q_tiles = pl.cdiv(T, tiling.rows)
     items = B * N * q_tiles
-    blocks = min(multiprocessors(), items)
+    blocks = min(multiprocessors() // tiling.cluster, items)
     together = heads_together(problem)
     dca = problem.versions == 3
-    named_ring = tiling.named_ring and Ring.named_fit(stages, wgs) and not interpret
 
     def kernel(
-        where_ref: Any, kv_len_ref: Any, factor_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, out_ref: Any, lse_ref: Any,
+        where_ref: Any, kv_len_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, out_ref: Any, lse_ref: Any,
         q_smem: Any, k_smem: Any, v_smem: Any, o_smem: Any, lse_smem: Any,
-        q_full: Any, q_free: Any, k_full: Any, v_full: Any, kv_free: Any,
+        q_full: Any, q_free: Any, k_full: Any, k_free: Any, v_full: Any, v_free: Any,
     ) -> None:  # fmt: skip
         wg = lax.axis_index("wg")
         block = lax.axis_index("block")
         layer, q_start = where_ref[0], where_ref[1]
         # Tiles [0, succ) are INTER, [succ, intra) SUCC, the rest INTRA.
         succ, intra = lax.div(where_ref[2], bkv), lax.div(where_ref[3], bkv)
-        ring = Ring(stages, wgs, None if named_ring else kv_free)
-        turns = Turns(wg, wgs)
+        cluster = "cluster" if tiling.cluster > 1 else None
+        keys, values = Ring(k_smem, k_full, k_free, cluster), Ring(v_smem, v_full, v_free, cluster)
+        in_item = (lax.axis_index("cluster") if cluster else 0) * (
+            wgs * ROWS
+        )  # this block's first row in an item
 
         def item(r: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
             """Round r of this block: (batch row, query head, first query, number of key tiles)."""
@@ -119,16 +122,16 @@ def prefill(
             seen = jnp.minimum(q_start + t + tiling.rows, kv_len_ref[b])
             return b, head, t, jnp.maximum(lax.div(seen + (bkv - 1), bkv), 1)
 
-        def each_item(body: Callable[..., jax.Array]) -> None:
+        def each_item(body: Callable[..., jax.Array]) -> jax.Array:
             whole, rest = divmod(items, blocks)
             place = block if whole % 2 == 0 else blocks - 1 - block
             rounds = whole + (place < rest).astype(jnp.int32)
-            lax.fori_loop(0, rounds, lambda r, done: body(item(r), done), jnp.int32(0))
+            return lax.fori_loop(0, rounds, lambda r, done: body(item(r), done), jnp.int32(0))
 
         def consume(work: tuple[jax.Array, ...], first: jax.Array) -> jax.Array:
             """One item. `first` counts the key tiles this block has consumed before."""
             b, head, t, tiles = work
-            t = t + wg * ROWS
+            t = t + in_item + wg * ROWS
             o, lse = o_smem.at[wg], lse_smem.at[wg]
             kv_len = kv_len_ref[b]
 
@@ -140,7 +143,7 @@ def prefill(
                         plgpu.barrier_arrive(q_free.at[wg])
                         plgpu.barrier_wait(q_full.at[wg])
 
-            def visible(s: jax.Array, j: jax.Array) -> jax.Array:
+            def visible(s: jax.Array, _: jax.Array, j: jax.Array) -> jax.Array:
                 last = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW) + (q_start + t)
                 last = jnp.minimum(last, kv_len - 1) - j * bkv
                 key = plgpu.broadcasted_iota(jnp.int32, (bkv,), 0, layout=COLUMN)
@@ -151,12 +154,12 @@ def prefill(
                 plgpu.barrier_arrive(q_free.at[wg])
 
             walk = Walk(
-                q_smem.at[wg], k_smem, v_smem, k_full, v_full, ring, turns,
+                q_smem.at[wg], keys, values,
                 switch_queries, free_queries, visible, bool(interpret),
             )  # fmt: skip
             plgpu.barrier_wait(q_full.at[wg])
             full = jnp.minimum(lax.div(jnp.minimum(q_start + t + 1, kv_len), bkv), tiles)
-            softmax = walk(jnp.int32(0), full, tiles, first, factor_ref[b])
+            softmax = walk(jnp.int32(0), full, tiles, first)
             out, natural = softmax.normalised()
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the item before has left o and lse
             o[...] = out.astype(dtype)
@@ -166,21 +169,21 @@ def prefill(
             plgpu.copy_smem_to_gmem(lse, lse_ref.at[b, head, pl.ds(t, ROWS)])
             return first + tiles
 
-        def load_keys_and_values(work: tuple[jax.Array, ...], first: jax.Array) -> jax.Array:
+        def load_tiles(source: Any, ring: Ring, work: tuple[jax.Array, ...], first: jax.Array) -> jax.Array:
             b, head, _, tiles = work
             at = (layer * B + b) * problem.kv_heads + lax.div(head, problem.group)
 
             def load(j: jax.Array, _: None) -> None:
-                n = first + j
-                slot = lax.rem(n, jnp.int32(stages))
-                keys = pl.ds(j * bkv, bkv)
-                pl.when(n >= stages)(lambda: ring.await_key(slot))
-                plgpu.copy_gmem_to_smem(k_ref.at[at, keys], k_smem.at[slot], k_full.at[slot])
-                pl.when(n >= stages)(lambda: ring.await_value(slot))
-                plgpu.copy_gmem_to_smem(v_ref.at[at, keys], v_smem.at[slot], v_full.at[slot])
+                ring.load(source.at[at, pl.ds(j * bkv, bkv)], first + j)
 
             lax.fori_loop(0, tiles, load, None)
             return first + tiles
+
+        def load_ring(source: Any, ring: Ring) -> Callable[[], None]:
+            def load() -> None:
+                ring.drain(each_item(functools.partial(load_tiles, source, ring)))
+
+            return load
 
         def load_queries(work: tuple[jax.Array, ...], done: jax.Array) -> jax.Array:
             """The queries of an item, in the rotation of each stage that it reaches. `done` counts the loads before."""
@@ -189,7 +192,7 @@ def prefill(
             def load(version: jax.Array, n: jax.Array) -> jax.Array:
                 for w in range(wgs):
                     pl.when(n > 0)(functools.partial(plgpu.barrier_wait, q_free.at[w]))
-                    rows = q_ref.at[version * B + b, pl.ds(t + w * ROWS, ROWS), head]
+                    rows = q_ref.at[version * B + b, pl.ds(t + in_item + w * ROWS, ROWS), head]
                     plgpu.copy_gmem_to_smem(rows, q_smem.at[w], q_full.at[w])
                 return n + 1
 
@@ -199,10 +202,12 @@ def prefill(
             high = jnp.where(tiles > intra, 3, jnp.where(tiles > succ, 2, 1))
             return lax.fori_loop(low, high, load, done)
 
+        def load_all_queries() -> None:
+            each_item(load_queries)
+
         @pl.when(wg < wgs)
         def _consume() -> None:
             plgpu.set_max_registers(tiling.registers[0], action="increase")
-            turns.open()
             each_item(consume)
             plgpu.wait_smem_to_gmem(0)
 
@@ -212,16 +217,18 @@ def prefill(
 
             @plgpu.warp_map
             def _(warp: jax.Array) -> None:
-                @pl.when(warp == 0)
-                def _() -> None:
-                    each_item(load_keys_and_values)
-
-                @pl.when(warp == 1)
-                def _() -> None:
-                    each_item(load_queries)
+                for w, load in enumerate(
+                    (load_ring(k_ref, keys), load_ring(v_ref, values), load_all_queries)
+                ):
+                    pl.when(warp == w)(load)
 
     q_tile = plgpu.SMEM((wgs, ROWS, H), dtype, transforms=tiled(2))
     kv_ring = plgpu.SMEM((stages, bkv, H), dtype, transforms=tiled(2))
+    free: Any = plgpu.Barrier(num_arrivals=wgs, num_barriers=stages)
+    shared: dict[str, Any] = {}
+    if tiling.cluster > 1:
+        free = plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=wgs, num_barriers=stages)
+        shared = {"cluster": (tiling.cluster,), "cluster_names": ("cluster",)}
     return plgpu.kernel(
         kernel,
         out_type=[
@@ -231,13 +238,13 @@ def prefill(
         scratch_types=[
             q_tile, kv_ring, kv_ring, q_tile, plgpu.SMEM((wgs, ROWS), jnp.float32),
             plgpu.Barrier(num_barriers=wgs), plgpu.Barrier(num_barriers=wgs),
-            plgpu.Barrier(num_barriers=stages), plgpu.Barrier(num_barriers=stages),
-            plgpu.Barrier(num_arrivals=wgs, num_barriers=2 * stages),
+            *[plgpu.Barrier(num_barriers=stages), free] * 2,
         ],
         grid=(blocks,),
         grid_names=("block",),
         num_threads=wgs + 1,
         thread_name="wg",
+        **shared,
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(
             approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0

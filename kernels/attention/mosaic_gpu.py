@@ -30,7 +30,7 @@ def attend(
     tiling: Tiling | None = None,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `kernels.attention.api.attend`. scale_B must be positive, and K and V finite up to the end of a key tile.
+    """See `kernels.attention.api.attend`. K and V must be finite up to the end of a key tile.
 
     Differentiable in q, k, v and scale: the backward pass is the reference's.
 
@@ -100,20 +100,22 @@ def _attend(
     out, lse_BNT = kernel(
         jnp.stack([layer, q_start, succ, intra]),
         kv_len_B,
-        scale_B.astype(jnp.float32) * LOG2E,
-        _rotations(q_BTNH, q_start, rotary, problem.queries),
+        _rotations(q_BTNH, q_start, scale_B.astype(jnp.float32) * LOG2E, rotary, problem.queries),
         k_LBKSH.reshape(-1, S, H),
         v_LBKSH.reshape(-1, S, H),
     )
     return out[:, :T], jnp.swapaxes(lse_BNT[..., :T], 1, 2)
 
 
-def _rotations(q_BTNH: jax.Array, q_start: jax.Array, rotary: Rotary, queries: int) -> jax.Array:
-    """The queries as each stage's keys see them, stages in key order: [stages * B, queries, N, H]."""
+def _rotations(
+    q_BTNH: jax.Array, q_start: jax.Array, factor_B: jax.Array, rotary: Rotary, queries: int
+) -> jax.Array:
+    """The queries as each stage's keys see them, scaled, rounded once, stages in key order: [stages * B, queries, N, H]."""
     T = q_BTNH.shape[1]
     i_T = q_start + jnp.arange(T, dtype=jnp.int32)
     stages = (Stage.INTER, Stage.SUCC, Stage.INTRA) if rotary.dca else (Stage.INTRA,)
-    q = jnp.concatenate([rotary.rotate_queries(q_BTNH, i_T, stage) for stage in stages])
+    q = q_BTNH.astype(jnp.float32) * factor_B[:, None, None, None]
+    q = jnp.concatenate([rotary.rotate_queries(q, i_T, stage).astype(q_BTNH.dtype) for stage in stages])
     return jnp.pad(q, ((0, 0), (0, queries - T), (0, 0), (0, 0)))
 
 

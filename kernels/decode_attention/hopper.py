@@ -8,6 +8,7 @@ bytes in flight. Several blocks may share a multiprocessor. The shares of a row 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -79,11 +80,11 @@ def shares(problem: Problem, tiling: Tiling) -> int:
 def decode(
     problem: Problem, tiling: Tiling, dtype: Any, interpret: Any = None
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """The kernel of these shapes: (layer, rows, factors, q, k, v) -> (out [B * K * shares, rows, H], lse [B * K * shares, 64]).
+    """The kernel of these shapes: (layer, rows, cooling, q, k, v) -> (out [B * K * shares, rows, H], lse [B * K * shares, 64]).
 
-    layer: int32[1]. rows: int32[4 * B], for each row its position, prompt length, first SUCC key, first INTRA key. factors:
-    float32[2 * B], for each row the positive factor from q . k to base-2 exponents for generated keys before their temperature,
-    and for prompt keys. q: [versions * B * K, 64, H], versions in key order. k, v: [L * B * K, S, H].
+    layer: int32[1]. rows: int32[4 * B], for each row its position, prompt length, first SUCC key, first INTRA key. cooling:
+    float32[B], for each row 1 / the temperature of prompt keys. q: [versions * B * K, 64, H], versions in key order, scaled so
+    that q . k of a prompt key is a base-2 exponent. k, v: [L * B * K, S, H].
     Results are float32, lse natural; shares of a (row, KV head) are consecutive.
     """
     B, K, H = problem.batch, problem.kv_heads, problem.head_dim
@@ -94,13 +95,13 @@ def decode(
     dca = problem.versions == 3
 
     def kernel(
-        layer_ref: Any, rows_ref: Any, factors_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, out_ref: Any, lse_ref: Any,
+        layer_ref: Any, rows_ref: Any, cooling_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, out_ref: Any, lse_ref: Any,
         q_smem: Any, k_smem: Any, v_smem: Any, o_smem: Any, lse_smem: Any,
-        q_full: Any, q_free: Any, k_full: Any, v_full: Any, kv_free: Any,
+        q_full: Any, q_free: Any, k_full: Any, k_free: Any, v_full: Any, v_free: Any,
     ) -> None:  # fmt: skip
         wg = lax.axis_index("wg")
         block = lax.axis_index("block")
-        ring = Ring(stages, 1, None if Ring.named_fit(stages, 1) and not interpret else kv_free)
+        keys, values = Ring(k_smem, k_full, k_free), Ring(v_smem, v_full, v_free)
 
         def item(n: jax.Array) -> tuple[jax.Array, ...]:
             """(batch row, its KV head among all rows', first tile, end tile) of share n; the end may not pass the first."""
@@ -124,7 +125,7 @@ def decode(
             b, _, lo, hi = item(n)
             succ, intra = stage_tiles(b)
             position, prompt_len = rows_ref[4 * b], rows_ref[4 * b + 1]
-            generated, prompt = factors_ref[2 * b], factors_ref[2 * b + 1]
+            cooling = cooling_ref[b]
             end = jnp.minimum(
                 position + 1, hi * bkv
             )  # a share without tiles sees nothing of the tile it gets
@@ -138,14 +139,16 @@ def decode(
                         plgpu.barrier_arrive(q_free)
                         plgpu.barrier_wait(q_full)
 
-            def visible(s: jax.Array, j: jax.Array) -> jax.Array:
+            def visible(s: jax.Array, m: jax.Array, j: jax.Array) -> jax.Array:
                 key = plgpu.broadcasted_iota(jnp.int32, (bkv,), 0, layout=COLUMN) + j * bkv
                 if problem.original:
                     length = jnp.maximum(key + 1, problem.original).astype(jnp.float32) * (
                         1 / problem.original
                     )
-                    own = (1 + 0.1 * _LN2 * jnp.log2(length)) * (generated / prompt)
-                    s = s * lax.broadcast_in_dim(jnp.where(key < prompt_len, 1.0, own), s.shape, [1])
+                    own = (1 + 0.1 * _LN2 * jnp.log2(length)) * cooling
+                    own = lax.broadcast_in_dim(jnp.where(key < prompt_len, 1.0, own), s.shape, [1])
+                    m = lax.broadcast_in_dim(m, s.shape, [0])
+                    s = (s + m) * own - m
                 return jnp.where(lax.broadcast_in_dim(key < end, s.shape, [1]), s, -jnp.inf)
 
             def free_queries() -> None:  # the next share's may come
@@ -153,12 +156,8 @@ def decode(
 
             walk = Walk(
                 q_smem,
-                k_smem,
-                v_smem,
-                k_full,
-                v_full,
-                ring,
-                None,
+                keys,
+                values,
                 switch_queries,
                 free_queries,
                 visible,
@@ -166,7 +165,7 @@ def decode(
             )
             plgpu.barrier_wait(q_full)
             plain = jnp.minimum(end, prompt_len) if problem.original else end
-            softmax = walk(lo, jnp.minimum(lax.div(plain, bkv), hi), hi, first, prompt)
+            softmax = walk(lo, jnp.minimum(lax.div(plain, bkv), hi), hi, first)
 
             out, natural = softmax.normalised()
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the share before has left o and lse
@@ -177,19 +176,13 @@ def decode(
             plgpu.copy_smem_to_gmem(lse_smem, lse_ref.at[n])
             return first + hi - lo
 
-        def load_keys_and_values(n: jax.Array, first: jax.Array) -> jax.Array:
+        def load_tiles(source: Any, ring: Ring, n: jax.Array, first: jax.Array) -> jax.Array:
             _, pair, lo, hi = item(n)
             hi = jnp.maximum(hi, lo + 1)
             at = layer_ref[0] * (B * K) + pair
 
             def load(j: jax.Array, _: None) -> None:
-                count = first + j - lo
-                slot = lax.rem(count, jnp.int32(stages))
-                keys = pl.ds(j * bkv, bkv)
-                pl.when(count >= stages)(lambda: ring.await_key(slot))
-                plgpu.copy_gmem_to_smem(k_ref.at[at, keys], k_smem.at[slot], k_full.at[slot])
-                pl.when(count >= stages)(lambda: ring.await_value(slot))
-                plgpu.copy_gmem_to_smem(v_ref.at[at, keys], v_smem.at[slot], v_full.at[slot])
+                ring.load(source.at[at, pl.ds(j * bkv, bkv)], first + j - lo)
 
             lax.fori_loop(lo, hi, load, None)
             return first + hi - lo
@@ -225,13 +218,14 @@ def decode(
 
             @plgpu.warp_map
             def _(warp: jax.Array) -> None:
-                @pl.when(warp == 0)
-                def _() -> None:
-                    each_item(load_keys_and_values)
-
-                @pl.when(warp == 1)
-                def _() -> None:
-                    each_item(load_queries)
+                for w, load in enumerate(
+                    (
+                        functools.partial(load_tiles, k_ref, keys),
+                        functools.partial(load_tiles, v_ref, values),
+                        load_queries,
+                    )
+                ):
+                    pl.when(warp == w)(functools.partial(each_item, load))
 
     kv_ring = plgpu.SMEM((stages, bkv, H), dtype, transforms=tiled(2))
     return plgpu.kernel(
@@ -244,8 +238,7 @@ def decode(
             plgpu.SMEM((ROWS, H), dtype, transforms=tiled(2)), kv_ring, kv_ring,
             plgpu.SMEM((ROWS, H), jnp.float32, transforms=tiled(4)), plgpu.SMEM((ROWS,), jnp.float32),
             plgpu.Barrier(), plgpu.Barrier(),
-            plgpu.Barrier(num_barriers=stages), plgpu.Barrier(num_barriers=stages),
-            plgpu.Barrier(num_barriers=2 * stages),
+            *[plgpu.Barrier(num_barriers=stages)] * 4,
         ],
         grid=(blocks,),
         grid_names=("block",),

@@ -28,7 +28,7 @@ def decode_attend(
     tiling: Tiling | None = None,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `kernels.decode_attention.api.decode_attend`. scale_B must be positive, K and V finite to the end of a key tile.
+    """See `kernels.decode_attention.api.decode_attend`. K and V must be finite to the end of a key tile.
 
     Args:
         tiling: sizes of the kernel; None for the tuned ones.
@@ -59,14 +59,13 @@ def decode_attend(
         )
     position_B, prompt_len_B = (jnp.asarray(x, jnp.int32) for x in (position_B, prompt_len_B))
     query_B = jnp.maximum(position_B, 0)
-    generated_B = scale_B.astype(jnp.float32) * LOG2E
+    warmth_B = temperature(prompt_len_B, problem.original)
+    factor_B = scale_B.astype(jnp.float32) * LOG2E * warmth_B
     out, lse = decode(problem, tiling, q_BNH.dtype, interpret)(
         jnp.asarray(layer, jnp.int32).reshape(1),
         jnp.stack([position_B, prompt_len_B, *rotary.stage_starts(query_B)], axis=1).reshape(-1),
-        jnp.stack([generated_B, generated_B * temperature(prompt_len_B, problem.original)], axis=1).reshape(
-            -1
-        ),
-        _rotations(q_BNH, query_B, rotary, problem),
+        1 / warmth_B,
+        _rotations(q_BNH, query_B, factor_B, rotary, problem),
         k_LBKSH.reshape(-1, S, H),
         v_LBKSH.reshape(-1, S, H),
     )
@@ -93,10 +92,12 @@ def refusal(q_BNH: jax.Array, k_LBKSH: jax.Array, v_LBKSH: jax.Array, rotary: Ro
     return None
 
 
-def _rotations(q_BNH: jax.Array, position_B: jax.Array, rotary: Rotary, problem: Problem) -> jax.Array:
-    """The queries as each stage's keys see them, stages in key order, heads padded to a tile: [stages * B * K, 64, H]."""
+def _rotations(
+    q_BNH: jax.Array, position_B: jax.Array, factor_B: jax.Array, rotary: Rotary, problem: Problem
+) -> jax.Array:
+    """The queries as each stage's keys see them, scaled, stages in key order, heads padded: [stages * B * K, 64, H]."""
     stages = (Stage.INTER, Stage.SUCC, Stage.INTRA) if rotary.dca else (Stage.INTRA,)
-    q_B1NH, position_B1 = q_BNH[:, None], position_B[:, None]
-    q = jnp.stack([rotary.rotate_queries(q_B1NH, position_B1, stage) for stage in stages])
-    q = q.reshape(-1, problem.group, problem.head_dim)
+    q_B1NH = q_BNH.astype(jnp.float32)[:, None] * factor_B[:, None, None, None]
+    q = jnp.stack([rotary.rotate_queries(q_B1NH, position_B[:, None], stage) for stage in stages])
+    q = q.astype(q_BNH.dtype).reshape(-1, problem.group, problem.head_dim)
     return jnp.pad(q, ((0, 0), (0, ROWS - problem.group), (0, 0)))

@@ -6,7 +6,6 @@ On the GPU itself `scripts/check_gpu.py` checks every class of shapes.
 from __future__ import annotations
 
 import functools
-import inspect
 from typing import Any
 
 import jax
@@ -22,16 +21,6 @@ from qwen_jax.rope import Rotary
 from tests.kernels.attention.suite import AttentionSuite, Case
 
 QWEN_1M = DualChunk(262_144, 8_192)
-_MODELS_NAMED_BARRIERS = "_hack_model_inline_mgpu_tokamax"  # the interpreter's name for running `bar_op`
-
-
-def interpreter() -> Any:
-    """Parameters of jax's GPU interpreter, or a skip where this jax's cannot run named barriers."""
-    from jax._src.pallas.mosaic_gpu.interpret import jaxpr_interpret
-
-    if _MODELS_NAMED_BARRIERS not in inspect.getsource(jaxpr_interpret):
-        pytest.skip("this jax's GPU interpreter has no named barriers")
-    return plgpu.InterpretGPUParams(inline_mgpu=_MODELS_NAMED_BARRIERS)
 
 
 class Interpreted(AttentionSuite):
@@ -48,7 +37,7 @@ class Interpreted(AttentionSuite):
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Interpreted:
     """Two blocks, so that a block runs several items in a row."""
     monkeypatch.setitem(
-        api.BACKENDS, "mosaic_gpu", functools.partial(mosaic_gpu.attend, interpret=interpreter())
+        api.BACKENDS, "mosaic_gpu", functools.partial(mosaic_gpu.attend, interpret=plgpu.InterpretGPUParams())
     )
     monkeypatch.setattr(hopper, "multiprocessors", lambda: 2)
     jax.clear_caches()

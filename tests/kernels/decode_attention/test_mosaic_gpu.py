@@ -9,6 +9,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import pytest
 
@@ -16,7 +17,6 @@ from qwen_jax.config import DualChunk
 from qwen_jax.kernels.decode_attention import api, hopper, mosaic_gpu, specs
 from qwen_jax.kernels.decode_attention.hopper import Problem, Tiling, shares
 from qwen_jax.rope import Rotary
-from tests.kernels.attention.test_mosaic_gpu import interpreter
 from tests.kernels.decode_attention.suite import DecodeSuite
 
 
@@ -34,7 +34,9 @@ class Interpreted(DecodeSuite):
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Interpreted:
     """Three blocks, so that a block runs several shares in a row."""
     monkeypatch.setitem(
-        api.BACKENDS, "mosaic_gpu", functools.partial(mosaic_gpu.decode_attend, interpret=interpreter())
+        api.BACKENDS,
+        "mosaic_gpu",
+        functools.partial(mosaic_gpu.decode_attend, interpret=plgpu.InterpretGPUParams()),
     )
     monkeypatch.setattr(hopper, "multiprocessors", lambda: 3)
     jax.clear_caches()
