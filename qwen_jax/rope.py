@@ -9,6 +9,9 @@ Keys are rotated once, at `j mod s`, and cached. A query is rotated at one of th
 
 so that every key is seen at distance min(i - j, C - (j mod s)) (`algorithms.md` 2.2, 2.3). Without dual chunk attention
 there is one endless chunk: everything is INTRA.
+
+Sparse prefill chooses its lines with *critical* positions, i mod s + s for SUCC and i mod s + C for INTER: distances then
+grow by one along a row and stay the same along a diagonal, so that diagonals stay coherent (`algorithms.md` 4.7).
 """
 
 from __future__ import annotations
@@ -87,17 +90,27 @@ class Rotary:
         """s, or None without dual chunk attention."""
         return self.dca.chunk_len if self.dca else None
 
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages that exist, in key order."""
+        return (Stage.INTER, Stage.SUCC, Stage.INTRA) if self.dca else (Stage.INTRA,)
+
     def key_positions(self, j: jax.Array) -> jax.Array:
         """Positions at which keys are rotated, int32 like `j` (absolute positions)."""
         return j % self.dca.chunk_len if self.dca else j
 
-    def query_positions(self, i: jax.Array, stage: Stage) -> jax.Array:
-        """Positions at which queries are rotated for the keys of `stage`, int32 like `i` (absolute positions)."""
+    def query_positions(self, i: jax.Array, stage: Stage, *, critical: bool = False) -> jax.Array:
+        """Positions at which queries are rotated for the keys of `stage`, int32 like `i` (absolute positions).
+
+        `critical` positions choose the lines of sparse prefill; attention never uses them.
+        """
         if self.dca is None:
             return i
         s, c = self.dca.chunk_len, self.dca.saturation
         if stage is Stage.INTRA:
             return i % s
+        if critical:
+            return i % s + (s if stage is Stage.SUCC else c)
         if stage is Stage.SUCC:
             return jnp.minimum(i % s + s, c)
         return jnp.full_like(i, min(2 * s - 1, c))
@@ -122,9 +135,11 @@ class Rotary:
         """Keys as the cache holds them: rotated at j mod s, not scaled by any temperature."""
         return self.rotate(k_BTKH, self.key_positions(positions_BT))
 
-    def rotate_queries(self, q_BTNH: jax.Array, positions_BT: jax.Array, stage: Stage) -> jax.Array:
-        """Queries as keys of `stage` see them."""
-        return self.rotate(q_BTNH, self.query_positions(positions_BT, stage))
+    def rotate_queries(
+        self, q_BTNH: jax.Array, positions_BT: jax.Array, stage: Stage, *, critical: bool = False
+    ) -> jax.Array:
+        """Queries as keys of `stage` see them; `critical` as in `query_positions`."""
+        return self.rotate(q_BTNH, self.query_positions(positions_BT, stage, critical=critical))
 
     def stage_starts(self, i: jax.Array) -> tuple[jax.Array, jax.Array]:
         """First SUCC key and first INTRA key of a query at absolute position i, int32; INTER keys start at 0."""
@@ -133,12 +148,23 @@ class Rotary:
         intra = i - i % self.dca.chunk_len
         return jnp.maximum(intra - self.dca.chunk_len, 0), intra
 
+    def stage_ranges(self, i: jax.Array, end: jax.Array) -> dict[Stage, tuple[jax.Array, jax.Array]]:
+        """Keys [first, last) of every stage below `end`, as a query at absolute position i sees them; last may be < first."""
+        succ, intra = self.stage_starts(i)
+        bounds = {
+            Stage.INTER: (jnp.zeros_like(succ), succ),
+            Stage.SUCC: (succ, intra),
+            Stage.INTRA: (intra, end),
+        }
+        return {stage: (bounds[stage][0], jnp.minimum(bounds[stage][1], end)) for stage in self.stages}
+
 
 @functools.lru_cache(maxsize=32)
 def _tables(rotary: Rotary) -> tuple[np.ndarray, np.ndarray]:
     """float32[2, entries, H / 2]: (cos, sin) of high * _LOW with the attention factor, and of low."""
     speeds, factor = inverse_frequencies(rotary.theta, rotary.head_dim, rotary.yarn)
-    limit = rotary.dca.saturation if rotary.dca else rotary.max_position
+    # The last row of a chunk at its critical position for INTER keys is the farthest.
+    limit = rotary.dca.chunk_len + rotary.dca.saturation if rotary.dca else rotary.max_position
     high = np.arange(limit // _LOW + 1, dtype=np.float64)[:, None] * _LOW * speeds
     low = np.arange(_LOW, dtype=np.float64)[:, None] * speeds
     return (

@@ -1,0 +1,75 @@
+"""How much attention the last queries of a piece pay to each column and each diagonal, whatever computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from qwen_jax.kernels.line_scores import reference
+from qwen_jax.rope import Rotary
+
+FORCED_COLUMNS = 30
+FORCED_DIAGONALS = 100
+LAST_QUERIES = 64
+
+Backend = Callable[..., tuple[jax.Array, jax.Array]]
+
+BACKENDS: dict[str, Backend] = {"xla": reference.attention_sums}
+
+
+def line_scores(
+    q_BTNH: jax.Array,
+    k_LBKSH: jax.Array,
+    *,
+    layer: jax.Array | int,
+    q_start: jax.Array | int,
+    kv_len_B: jax.Array,
+    rotary: Rotary,
+    scale_B: jax.Array,
+    last_queries: int = LAST_QUERIES,
+    backend: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Column and diagonal sums of the attention of a piece's last real queries (`algorithms.md` 4.3).
+
+    The piece of row b ends at e = min(q_start + T, kv_len_B[b]); its last min(last_queries, e - q_start) queries count. Their
+    attention A is one softmax over all keys j <= i, at the rotary's critical positions. A column's score is the sum of A
+    over rows, the score of the diagonal at distance d the sum of A[i, i - d].
+
+    Args:
+        q_BTNH: queries, not rotated, [B, T, N, H]; the real ones must not straddle a multiple of the chunk length s.
+        k_LBKSH: keys of all layers, rotated at j mod s, [L, B, K, S, H]; query head n uses KV head n // (N / K).
+        layer, q_start: int32 scalars, values, not shapes.
+        kv_len_B: int32[B], tokens of each row that are real.
+        rotary: positions, static.
+        scale_B: float32[B], the factor on scores.
+        last_queries: most queries that count, static.
+        backend: a name in BACKENDS, or None for the first.
+
+    Returns:
+        (columns float32[B, N, S] by key position j, diagonals float32[B, N, S] by distance d = i - j). The first 30
+        columns and the 100 nearest diagonals are +inf, what lies at or beyond e is -inf. A row that has no real query in
+        the piece is -inf throughout.
+
+    Raises:
+        ValueError: no backend of that name, or last_queries below 1.
+    """
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"no backend {backend!r} for line scores; there are {', '.join(BACKENDS)}")
+    if last_queries < 1:
+        raise ValueError(f"last_queries must be at least 1, got {last_queries}")
+    T, S = q_BTNH.shape[1], k_LBKSH.shape[3]
+    q_start = jnp.int32(q_start)
+    end_B = jnp.minimum(q_start + T, jnp.asarray(kv_len_B, jnp.int32))
+    sums = BACKENDS[backend or next(iter(BACKENDS))](
+        q_BTNH, k_LBKSH,
+        layer=jnp.int32(layer), q_start=q_start, end_B=end_B, rotary=rotary, scale_B=scale_B, last_queries=last_queries,
+    )  # fmt: skip
+    seen_B1S = jnp.arange(S, dtype=jnp.int32) < jnp.where(end_B > q_start, end_B, 0)[:, None, None]
+
+    def forced(sums_BNS: jax.Array, first: int) -> jax.Array:
+        sums_BNS = jnp.where(jnp.arange(S) < first, jnp.inf, sums_BNS)
+        return jnp.where(seen_B1S, sums_BNS, -jnp.inf)
+
+    return forced(sums[0], FORCED_COLUMNS), forced(sums[1], FORCED_DIAGONALS)
