@@ -58,7 +58,7 @@ def convert(
 
     Tensors keep every bit. config.json, the tokenizer, generation config and head budgets travel along byte
     for byte. Memory stays under twice the largest tensor plus 1 GB, whatever the size of the checkpoint.
-    `dst` appears only when it is whole; a run that was killed leaves `<dst>.converting/`, which the next run
+    `dst` appears only when it is whole; a run that was killed leaves `<dst>.writing/`, which the next run
     clears before it starts afresh.
 
     Args:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from qwen_jax.errors import CheckpointError
 
-_SUFFIX = ".converting"
+_SUFFIX = ".writing"
 _LOCK = "lock"
 _OUT = "out"
 
@@ -20,7 +20,7 @@ _OUT = "out"
 def staged(destination: Path) -> Iterator[Path]:
     """Yields an empty folder to fill; on leaving without error it becomes `destination` in one rename.
 
-    It lies in `<destination>.converting/`, on the same file system. On an error it is removed; what a killed
+    It lies in `<destination>.writing/`, on the same file system. On an error it is removed; what a killed
     run left behind is removed by the next run, which starts clean. Two runs towards one destination exclude
     each other.
 
@@ -43,7 +43,7 @@ def staged(destination: Path) -> Iterator[Path]:
             if (
                 destination.exists()
             ):  # made by somebody else meanwhile; an empty folder would be replaced silently
-                raise CheckpointError(f"{destination} appeared during the conversion: nothing was written")
+                raise CheckpointError(f"{destination} appeared in the meantime: nothing was written")
             out.rename(destination)
             _sync(destination.parent)
         finally:

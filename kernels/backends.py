@@ -1,12 +1,35 @@
-"""Backends that are imported only where they can run."""
+"""Choosing among the backends of an op: in order, each may refuse with a reason."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+
+
+Backend = Callable[..., tuple[jax.Array, jax.Array]]
+
+
+def dispatch(
+    op: str, backends: Mapping[str, Backend], name: str | None, *args: Any, **kwargs: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Calls the backend called `name`, or the first that does not refuse.
+
+    Raises:
+        NotImplementedError: the named backend, or every backend, refuses; the message holds the reasons.
+        ValueError: no backend of that name.
+    """
+    if name is not None and name not in backends:
+        raise ValueError(f"no {op} backend {name!r}; there are {', '.join(backends)}")
+    reasons = []
+    for candidate in [name] if name else backends:
+        try:
+            return backends[candidate](*args, **kwargs)
+        except NotImplementedError as refusal:
+            reasons.append(f"{candidate}: {refusal}")
+    raise NotImplementedError("; ".join(reasons))
 
 
 def on_gpu(module: str, function: str) -> Callable[..., Any]:

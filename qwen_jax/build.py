@@ -63,4 +63,10 @@ def build(config: ModelConfig, arrays: dict[str, jax.Array]) -> Qwen2:
         assert array.shape == leaf.shape, (path, array.shape, leaf.shape)
         filled.append((path, leaf.replace(array)))
     assert len(filled) == len(arrays), sorted(arrays)
-    return nnx.merge(graph, nnx.from_flat_state(filled))
+    model = nnx.merge(graph, nnx.from_flat_state(filled))
+    devices = arrays["embed.weight"].devices()
+    if len(devices) > 1 or {device.platform for device in devices} != {"gpu"}:
+        model.attention_backend = (
+            "xla"  # the GPU kernels see one device's arrays; XLA partitions its own attention
+        )
+    return model

@@ -16,9 +16,16 @@ CAPACITY_STEP = 256
 
 
 def capacity_for(tokens: int, max_len: int) -> int:
-    """Positions to allocate for `tokens`: a power of two, so that few programs are compiled, at most what max_len needs."""
-    most = -(-max_len // CAPACITY_STEP) * CAPACITY_STEP
-    return min(most, max(CAPACITY_STEP, 1 << (tokens - 1).bit_length()))
+    """Positions to allocate for `tokens`: at most a quarter more than needed, and at most what max_len needs.
+
+    The step is an eighth of the next power of two, so that few programs are compiled.
+    """
+    step = max(CAPACITY_STEP, 1 << max(0, (tokens - 1).bit_length() - 3))
+    return min(_round_up(tokens, step), _round_up(max_len, CAPACITY_STEP))
+
+
+def _round_up(n: int, step: int) -> int:
+    return -(-n // step) * step
 
 
 @functools.partial(jax.jit, static_argnames="capacity")

@@ -89,6 +89,14 @@ class LLM:
             )
         if sparsity is not None:
             raise RequestError(f"sparsity={sparsity!r} is not built yet; leave it out for dense attention")
+        if jax.process_count() > 1:
+            raise RequestError("LLM runs in one process; several (jax.distributed) are not built yet")
+        for axis in ("data", "context"):
+            if mesh is not None and mesh.shape.get(axis, 1) > 1:
+                raise RequestError(
+                    f"{axis}={mesh.shape[axis]} in the mesh is not built yet: every device along it would hold the whole "
+                    f"cache and do the whole work; use tensor={mesh.size} or fewer devices"
+                )
         if batch_size < 1:
             raise RequestError(f"batch_size must be at least 1, got {batch_size}")
         if isinstance(path_or_model, Qwen2):
@@ -216,15 +224,20 @@ class LLM:
             raise RequestError("the checkpoint has no tokenizer, so it cannot chat")
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
 
-    def prefill(self, text: Prompt) -> Document:
+    def prefill(self, text: Prompt, *, room: int = 2 * DEFAULT_NEW_TOKENS) -> Document:
         """Runs a document through the model once; the result serves as `prefix=` any number of times.
+
+        Args:
+            text: the document, text or token ids.
+            room: positions kept free behind it for a question and its answer; a longer one makes the cache grow, which
+                needs old and new cache at once.
 
         Raises:
             QwenJaxError: empty text, token id outside the vocabulary, longer than max_len.
         """
         ids = self.token_ids(text)
         self._check_length(len(ids), 0)
-        document = Document(self._empty_cache(1, len(ids)), np.zeros(0, np.int32), self._owner)
+        document = Document(self._empty_cache(1, len(ids) + room), np.zeros(0, np.int32), self._owner)
         self._extend(document, [ids])
         document.token_ids = ids
         return document

@@ -12,12 +12,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
 from qwen_jax.cache import KVCache, write_chunk, write_token
 from qwen_jax.config import ModelConfig
-from qwen_jax.errors import QwenJaxError
+from qwen_jax.errors import QwenJaxError, check_ids
 from qwen_jax.kernels.attention.api import attend
 from qwen_jax.kernels.decode_attention.api import decode_attend
 from qwen_jax.rope import Rotary, temperature
@@ -158,6 +159,7 @@ class Qwen2(nnx.Module):
 
     Attributes:
         config: the model's shape and positions.
+        attention_backend: what runs attention, a name in `kernels.attention.api.BACKENDS`; None: the first that accepts.
         layers: one `Block` whose parameters have a leading axis L.
     """
 
@@ -165,6 +167,7 @@ class Qwen2(nnx.Module):
         """Random weights (normal, 0.02) in `dtype`, by default the config's."""
         dtype = jnp.dtype(dtype or config.dtype)
         self.config = config
+        self.attention_backend: str | None = None
         self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
 
         @nnx.split_rngs(splits=config.num_layers)
@@ -181,15 +184,22 @@ class Qwen2(nnx.Module):
         """Logits of every position, with no cache; the length temperature takes L = the row's length.
 
         Args:
-            tokens_BT: int32[B, T].
+            tokens_BT: int32[B, T]. Under jit ids outside the vocabulary go unnoticed; outside they are refused.
             lengths_B: int32[B], real tokens of each right-padded row; default T. Logits of padding mean nothing.
 
         Returns:
             float32[B, T, V].
 
         Raises:
-            QwenJaxError: more tokens than the model has positions, where no dual chunk attention bounds them.
+            QwenJaxError: no token at all, an id outside the vocabulary, or more tokens than the model has positions
+                where no dual chunk attention bounds them.
         """
+        if tokens_BT.ndim != 2 or not tokens_BT.size:
+            raise QwenJaxError(
+                f"model(tokens) takes int32[B, T] with at least one token, got shape {tokens_BT.shape}"
+            )
+        if not isinstance(tokens_BT, jax.core.Tracer):
+            check_ids(np.asarray(tokens_BT), self.config.vocab_size)
         B, T = tokens_BT.shape
         if self.config.dual_chunk is None and self.config.max_position_embeddings < T:
             raise QwenJaxError(
@@ -217,6 +227,7 @@ class Qwen2(nnx.Module):
                 return attend(
                     q, k, v,
                     layer=0, q_start=start, kv_len_B=lengths_B, rotary=self.rotary, scale_B=scale_B,
+                    backend=self.attention_backend,
                 )[0]  # fmt: skip
 
             s = self.rotary.chunk_len or T  # a call must not straddle a multiple of s
@@ -260,6 +271,7 @@ class Qwen2(nnx.Module):
             out_BTNH, _ = attend(
                 q_BTNH, cache.k, cache.v,
                 layer=layer, q_start=start, kv_len_B=prompt_len_B, rotary=self.rotary, scale_B=scale_B,
+                backend=self.attention_backend,
             )  # fmt: skip
             return out_BTNH, cache
 
@@ -291,7 +303,7 @@ class Qwen2(nnx.Module):
             out_BNH, _ = decode_attend(
                 q_BTNH[:, 0], cache.k, cache.v,
                 layer=layer, position_B=position_B, prompt_len_B=prompt_len_B,
-                rotary=self.rotary, scale_B=scale_B,
+                rotary=self.rotary, scale_B=scale_B, backend=self.attention_backend,
             )  # fmt: skip
             return out_BNH[:, None], cache
 

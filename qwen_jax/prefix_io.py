@@ -18,7 +18,7 @@ import numpy as np
 from qwen_jax.cache import KVCache, cache_shape
 from qwen_jax.config import read_json
 from qwen_jax.context import Document
-from qwen_jax.convert.safetensors_io import SafetensorsWriter, read_box, read_header
+from qwen_jax.convert.safetensors_io import TAGS, SafetensorsWriter, read_box, read_header
 from qwen_jax.convert.staging import staged
 from qwen_jax.errors import CheckpointError
 from qwen_jax.model import Qwen2
@@ -84,6 +84,8 @@ def load(path: Path, model: Qwen2, dtype: np.dtype, new_cache: Callable[[int], K
         raise
     except (TypeError, KeyError, AttributeError, OverflowError, ValueError):
         raise CheckpointError(f"{path / _META}: not the description of a saved document") from None
+    if not len(token_ids) or token_ids.min() < 0 or token_ids.max() >= model.config.vocab_size:
+        raise CheckpointError(f"{path / _META}: its token ids are empty or outside the vocabulary")
     tensors = read_header(path / _DATA)
     L, _, K, _, H = cache_shape(model.config, 1, 0)
     shape = (K, len(token_ids), H)
@@ -91,8 +93,11 @@ def load(path: Path, model: Qwen2, dtype: np.dtype, new_cache: Callable[[int], K
     for layer in range(L):
         parts = []
         for name in (f"k.{layer}", f"v.{layer}"):
-            if name not in tensors or tensors[name].shape != shape:
-                raise CheckpointError(f"{path / _DATA}: tensor {name} is missing or is not {list(shape)}")
+            found = tensors.get(name)
+            if found is None or (found.shape, TAGS.get(found.tag)) != (shape, dtype.name):
+                raise CheckpointError(
+                    f"{path / _DATA}: tensor {name} is missing or is not {dtype.name} {list(shape)}"
+                )
             parts.append(read_box(tensors[name], shape, tuple((0, n) for n in shape)))
         cache = _put_layer(cache, jnp.asarray(parts[0]), jnp.asarray(parts[1]), jnp.int32(layer))
     return Document(cache, token_ids, mine)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from qwen_jax.errors import QwenJaxError
+from qwen_jax.errors import QwenJaxError, check_ids
 from qwen_jax.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | np.ndarray
@@ -35,7 +35,7 @@ def ids_of(prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int) -> np.n
     """int32[T] of one prompt.
 
     Raises:
-        RequestError: empty, text without a tokenizer, not a flat list of ids, an id outside the vocabulary.
+        QwenJaxError: empty, text without a tokenizer, not a flat list of ids, an id outside the vocabulary.
     """
     if isinstance(prompt, str):
         if tokenizer is None:
@@ -50,9 +50,7 @@ def ids_of(prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int) -> np.n
         raise RequestError("the prompt is empty")
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
         raise RequestError(f"a prompt is text or a list of token ids, got {ids.dtype} of shape {ids.shape}")
-    wrong = ids[(ids < 0) | (ids >= vocab_size)]
-    if len(wrong):
-        raise RequestError(f"token id {wrong[0]} is outside the vocabulary of {vocab_size} tokens")
+    check_ids(ids, vocab_size)
     return ids.astype(np.int32)
 
 

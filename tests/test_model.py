@@ -240,3 +240,17 @@ def test_eight_devices_answer_as_one() -> None:
         answers.append([answer.token_ids for answer in out])
     assert answers[0] == answers[1]
     assert len({*answers[0][0], *answers[0][1]}) > 4  # not one token for ever
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([[1, 97]], "token id 97 is outside the vocabulary of 97 tokens"),
+        ([[-1]], "token id -1 is outside"),
+        ([1, 2], r"takes int32\[B, T\]"),
+        (np.zeros((1, 0), int), "at least one token"),
+    ],
+)
+def test_tokens_that_are_no_batch_of_ids_are_refused(tokens: object, message: str) -> None:
+    with pytest.raises(QwenJaxError, match=message):
+        random_model()(np.asarray(tokens))

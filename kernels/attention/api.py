@@ -6,15 +6,11 @@ every reason is reported. Asking for a backend by name makes its refusal final.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 
 from qwen_jax.kernels.attention import reference
-from qwen_jax.kernels.backends import on_gpu
+from qwen_jax.kernels.backends import Backend, dispatch, on_gpu
 from qwen_jax.rope import Rotary
-
-Backend = Callable[..., tuple[jax.Array, jax.Array]]
 
 BACKENDS: dict[str, Backend] = {
     "mosaic_gpu": on_gpu("qwen_jax.kernels.attention.mosaic_gpu", "attend"),
@@ -58,15 +54,7 @@ def attend(
         NotImplementedError: the named backend, or every backend, refuses; the message holds the reasons.
         ValueError: no backend of that name.
     """
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"no attention backend {backend!r}; there are {', '.join(BACKENDS)}")
-    reasons = []
-    for name in [backend] if backend else BACKENDS:
-        try:
-            return BACKENDS[name](
-                q_BTNH, k_LBKSH, v_LBKSH,
-                layer=layer, q_start=q_start, kv_len_B=kv_len_B, rotary=rotary, scale_B=scale_B,
-            )  # fmt: skip
-        except NotImplementedError as refusal:
-            reasons.append(f"{name}: {refusal}")
-    raise NotImplementedError("; ".join(reasons))
+    return dispatch(
+        "attention", BACKENDS, backend, q_BTNH, k_LBKSH, v_LBKSH,
+        layer=layer, q_start=q_start, kv_len_B=kv_len_B, rotary=rotary, scale_B=scale_B,
+    )  # fmt: skip

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 
-from qwen_jax.kernels.backends import on_gpu
+from qwen_jax.kernels.backends import Backend, dispatch, on_gpu
 from qwen_jax.kernels.decode_attention import reference
 from qwen_jax.rope import Rotary
-
-Backend = Callable[..., tuple[jax.Array, jax.Array]]
 
 BACKENDS: dict[str, Backend] = {
     "mosaic_gpu": on_gpu("qwen_jax.kernels.decode_attention.mosaic_gpu", "decode_attend"),
@@ -53,15 +49,7 @@ def decode_attend(
         NotImplementedError: the named backend, or every backend, refuses; the message holds the reasons.
         ValueError: no backend of that name.
     """
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"no decode attention backend {backend!r}; there are {', '.join(BACKENDS)}")
-    reasons = []
-    for name in [backend] if backend else BACKENDS:
-        try:
-            return BACKENDS[name](
-                q_BNH, k_LBKSH, v_LBKSH,
-                layer=layer, position_B=position_B, prompt_len_B=prompt_len_B, rotary=rotary, scale_B=scale_B,
-            )  # fmt: skip
-        except NotImplementedError as refusal:
-            reasons.append(f"{name}: {refusal}")
-    raise NotImplementedError("; ".join(reasons))
+    return dispatch(
+        "decode attention", BACKENDS, backend, q_BNH, k_LBKSH, v_LBKSH,
+        layer=layer, position_B=position_B, prompt_len_B=prompt_len_B, rotary=rotary, scale_B=scale_B,
+    )  # fmt: skip

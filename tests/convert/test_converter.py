@@ -109,11 +109,11 @@ def test_destination_is_never_touched(hf_folder, tmp_path):
 
 def test_somebody_elses_folder_in_the_way(hf_folder, tmp_path):
     folder = hf_folder()
-    (tmp_path / "out.converting").mkdir()
-    (tmp_path / "out.converting" / "file").write_text("mine")
-    with pytest.raises(CheckpointError, match=r"out\.converting is in the way"):
+    (tmp_path / "out.writing").mkdir()
+    (tmp_path / "out.writing" / "file").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"out\.writing is in the way"):
         convert(folder, tmp_path / "out")
-    assert (tmp_path / "out.converting" / "file").read_text() == "mine"
+    assert (tmp_path / "out.writing" / "file").read_text() == "mine"
 
 
 def test_two_conversions_to_one_destination(hf_folder, tmp_path):
@@ -215,7 +215,7 @@ def test_killed_at_any_point(hf_folder, tmp_path):
     endings = done.stdout.splitlines()
     assert len(endings) == len(cases)
     for (src, dst, death), ending in zip(cases, endings, strict=True):
-        destination, left = Path(dst), Path(dst + ".converting")
+        destination, left = Path(dst), Path(dst + ".writing")
         assert not destination.exists()
         if death.startswith("fsize"):
             assert ending.startswith(f"refused: {dst}: writing failed, nothing was kept: ")
