@@ -46,8 +46,9 @@ def attention(
     clip: int = 0,
     scale: float,
     key_scale_S: np.ndarray | None = None,
+    keep_TNS: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One row: queries at positions i_T, keys at positions 0 .. S - 1, none of them rotated.
+    """One row: queries at positions i_T, keys at positions 0 .. S - 1, none of them rotated; `keep_TNS` narrows what is seen.
 
     Returns:
         (out float64[T, N, H], lse float64[T, N]); 0 and -inf for a query that sees no key.
@@ -71,8 +72,11 @@ def attention(
         scores_NS = np.einsum("NF,SNF,SF->NS", q_TNF[t], k_SNF[seen].conj(), turn_SF).real * scale
         if key_scale_S is not None:
             scores_NS = scores_NS * key_scale_S[seen]
+        if keep_TNS is not None:
+            scores_NS = np.where(keep_TNS[t][:, seen], scores_NS, -np.inf)
         peak_N = scores_NS.max(1)
-        p_NS = np.exp(scores_NS - peak_N[:, None])
-        lse[t] = peak_N + np.log(p_NS.sum(1))
-        out[t] = np.einsum("NS,SNH->NH", p_NS / p_NS.sum(1, keepdims=True), v[seen])
+        some_N = np.isfinite(peak_N)
+        p_NS = np.exp(scores_NS[some_N] - peak_N[some_N, None])
+        lse[t, some_N] = peak_N[some_N] + np.log(p_NS.sum(1))
+        out[t, some_N] = np.einsum("NS,SNH->NH", p_NS / p_NS.sum(1, keepdims=True), v[seen][:, some_N])
     return out, lse
