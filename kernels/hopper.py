@@ -17,10 +17,11 @@ LOG2E = math.log2(math.e)
 SHARED_BYTES = 227 * 1024  # shared memory a block may take
 
 
-def tiled(itemsize: int) -> Any:
-    """Transforms of a shared-memory tile as wgmma and TMA want it, swizzled blocks of 8 rows by 128 bytes."""
+def tiled(itemsize: int, columns: int) -> Any:
+    """Transforms of a shared-memory tile as wgmma and TMA want it: swizzled blocks of 8 rows by at most 128 bytes."""
+    width = min(128, itemsize * columns)
     # mypy takes jax's empty protocol methods for abstract ones.
-    return plgpu.TilingTransform((8, 128 // itemsize)), plgpu.SwizzleTransform(128)  # type: ignore[abstract]
+    return plgpu.TilingTransform((8, width // itemsize)), plgpu.SwizzleTransform(width)  # type: ignore[abstract]
 
 
 @functools.cache
@@ -72,8 +73,26 @@ class Ring:
     def load(self, source: Any, n: jax.Array) -> None:
         """The producer warp copies tile n from `source`, once its slot is free."""
         slot = self.slot(n)
-        pl.when(n >= self.stages)(lambda: plgpu.barrier_wait(self.free.at[slot]))
+        self.claim(n)
         plgpu.copy_gmem_to_smem(source, self.tiles.at[slot], self.full.at[slot], collective_axes=self.cluster)
+
+    def claim(self, n: jax.Array) -> None:
+        """A producer waits until the slot of tile n is free."""
+        pl.when(n >= self.stages)(functools.partial(plgpu.barrier_wait, self.free.at[self.slot(n)]))
+
+    def convert(self, source: Ring, n: jax.Array) -> None:
+        """A warpgroup takes tile n of `source`, of 8-bit numbers, and hands it over in this ring's dtype."""
+        slot = source.slot(n)
+        source.wait(slot)
+        x = plgpu.load(source.tiles.at[slot], layout=plgpu.Layout.WGMMA_8BIT)
+        if x.dtype != jnp.int8:  # Hopper converts fp8 to float16 alone
+            x = x.astype(jnp.float16).astype(jnp.float32)
+        x = x.astype(self.tiles.dtype)
+        self.claim(n)
+        self.tiles[self.slot(n)] = x
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(self.full.at[self.slot(n)])
+        source.release(slot)
 
     def drain(self, n: jax.Array) -> None:
         """The producer warp waits until all n tiles have been read, so that no other block signals one that has ended."""

@@ -30,7 +30,8 @@ def change_rows(operation: str, x: jax.Array, row: jax.Array, interpret: bool) -
         return x * wide if operation == "multiply" else x - wide
 
     @plgpu.inline_mgpu(
-        arg_types=(LAYOUT, ROW), return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=LAYOUT)
+        arg_types=(LAYOUT, ROW),
+        return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.dtype(jnp.float32), layout=LAYOUT),
     )
     def change(_: Any, x: Any, row: Any) -> Any:
         neutral = mgpu.utils.c(_NEUTRAL[operation], ir.F32Type.get())
@@ -40,7 +41,7 @@ def change_rows(operation: str, x: jax.Array, row: jax.Array, interpret: bool) -
             is_other = arith.cmpf(arith.CmpFPredicate.UNE, value, neutral)
             differs = is_other if differs is None else arith.ori(differs, is_other)
         every_lane = mgpu.utils.c(0xFFFFFFFF, ir.IntegerType.get_signless(32))
-        branch = scf.IfOp(
+        branch = scf.IfOp(  # type: ignore[call-arg]
             nvvm.vote_sync(every_lane, differs, "any"), [r.type for r in x.registers.flat], has_else=True
         )
         with ir.InsertionPoint(branch.then_block):

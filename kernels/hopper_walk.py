@@ -54,6 +54,7 @@ class Walk:
         after_keys: called once the queries have been read for the last time.
         visible: (s [ROWS, keys], m [ROWS], tile index) -> s with -inf where a key is invisible, s being exponents less m;
             only used on masked tiles.
+        scales: rings of one factor a key, for keys and for values (8-bit caches), or None.
         interpret: under jax's GPU interpreter, which knows neither stores to an accumulator nor P in registers.
     """
 
@@ -64,6 +65,7 @@ class Walk:
     after_keys: Callable[[], None]
     visible: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
     interpret: bool
+    scales: tuple[Ring, Ring] | None = None
 
     def __call__(self, lo: jax.Array, full: jax.Array, hi: jax.Array, first: jax.Array) -> Softmax:
         """Tiles lo <= j < hi, at least one; those with lo < j < full need no mask. All int32 scalars.
@@ -75,15 +77,13 @@ class Walk:
             pl.when(j < hi)(lambda: self.keys.wait(self.keys.slot(first + (j - lo))))
 
         await_keys(lo)
-        state = self._first(lo, self.keys.slot(first))
+        state = self._first(lo, first)
         await_keys(lo + 1)
 
         def step(j: jax.Array, state: Any, masked: bool) -> Any:
             n = first + (j - lo)
-            softmax = functools.partial(self._softmax, j=j, masked=masked)
-            return self._step(
-                j, self.keys.slot(n), self.values.slot(n - 1), softmax, lambda: await_keys(j + 1), state
-            )
+            softmax = functools.partial(self._softmax, j=j, n=n, masked=masked)
+            return self._step(j, n, softmax, lambda: await_keys(j + 1), state)
 
         state = lax.fori_loop(lo + 1, full, functools.partial(step, masked=False), state)
         state = lax.fori_loop(jnp.maximum(full, lo + 1), hi, functools.partial(step, masked=True), state)
@@ -91,8 +91,9 @@ class Walk:
         acc, m, l, p = state
         return Softmax(self._last(self.values.slot(first + (hi - lo) - 1), acc, p), m, l)
 
-    def _first(self, j: jax.Array, slot: jax.Array) -> tuple[jax.Array, ...]:
-        """S of the first tile alone."""
+    def _first(self, j: jax.Array, n: jax.Array) -> tuple[jax.Array, ...]:
+        """S of the first tile alone, the ring's n-th."""
+        slot = self.keys.slot(n)
         keys, head_dim = self.keys.tiles.shape[1:]
 
         def product(s_acc: Any) -> jax.Array:
@@ -102,18 +103,17 @@ class Walk:
         s = pl.run_scoped(product, plgpu.ACC((ROWS, keys), jnp.float32))
         self.keys.release(slot)
         zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
-        s = self.visible(s, zero, j)
+        s = self.visible(self._scaled(s, 0, n), zero, j)
         top = s.max(axis=1)
         m = jnp.where(top > -jnp.inf, top, 0.0)
         p = jnp.exp2(s - lax.broadcast_in_dim(m, s.shape, [0]))
         acc = plgpu.layout_cast(jnp.zeros((ROWS, head_dim), jnp.float32), LAYOUT)
-        return acc, m, p.sum(axis=1), p.astype(self.q.dtype)
+        return acc, m, p.sum(axis=1), self._scaled(p, 1, n).astype(self.q.dtype)
 
     def _step(
         self,
         j: jax.Array,
-        now: jax.Array,
-        before: jax.Array,
+        n: jax.Array,
         softmax: Callable[..., tuple[jax.Array, ...]],
         await_next: Callable[[], None],
         state: Any,
@@ -121,18 +121,20 @@ class Walk:
         # Without these barriers the compiler writes registers of a product while products are in flight, which
         # makes it serialise them all (ptxas C7513): the carry is ready before, P is rounded after.
         acc, m, l, p = lax.optimization_barrier(state)
+        now, before = self.keys.slot(n), self.values.slot(n - 1)
         self.before_step(j)
 
         def products(o_acc: Any, s_acc: Any) -> tuple[jax.Array, ...]:
             self._start(o_acc, acc)
-            self._start(s_acc, lax.broadcast_in_dim(-m, s_acc.shape, [0]))
+            if not self.scales:
+                self._start(s_acc, lax.broadcast_in_dim(-m, s_acc.shape, [0]))
             plgpu.wgmma(s_acc, self.q, self.keys.tiles.at[now].transpose((1, 0)))
             self.values.wait(before)
             self._issue(o_acc, p, before)
             s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
             self.keys.release(now)
-            if self.interpret:
-                s = s - lax.broadcast_in_dim(m, s.shape, [0])
+            if self.scales or self.interpret:
+                s = self._scaled(s, 0, n) - lax.broadcast_in_dim(m, s.shape, [0])
             m_l_alpha_p = lax.optimization_barrier(softmax(s, m, l))
             # A wait ends a basic block, without which the assembler moves the softmax behind the wait for O.
             await_next()
@@ -160,7 +162,7 @@ class Walk:
         return acc
 
     def _softmax(
-        self, s: jax.Array, m: jax.Array, l: jax.Array, j: jax.Array, masked: bool
+        self, s: jax.Array, m: jax.Array, l: jax.Array, j: jax.Array, n: jax.Array, masked: bool
     ) -> tuple[jax.Array, ...]:
         """Of exponents less m: (new m, new l, what the old sums shrink by, P in float32)."""
         if masked:
@@ -171,7 +173,17 @@ class Walk:
         s = change_rows("subtract", s, rise, self.interpret)
         alpha = jnp.exp2(-rise)
         p = jnp.exp2(s)
-        return m + rise, l * alpha + p.sum(axis=1), alpha, p
+        return m + rise, l * alpha + p.sum(axis=1), alpha, self._scaled(p, 1, n)
+
+    def _scaled(self, x: jax.Array, which: int, n: jax.Array) -> jax.Array:
+        """x [ROWS, keys] times the factors of tile n's keys (which = 0) or values (1)."""
+        if not self.scales:
+            return x
+        ring = self.scales[which]
+        ring.wait(ring.slot(n))
+        factors = plgpu.load(ring.tiles.at[ring.slot(n)], layout=COLUMN)
+        ring.release(ring.slot(n))
+        return x * lax.broadcast_in_dim(factors, x.shape, [1])
 
     # O += P V on an accumulator.
 

@@ -27,6 +27,7 @@ import numpy as np
 from qwen_jax.config import DualChunk
 from qwen_jax.kernels.attention.api import attend
 from qwen_jax.kernels.decode_attention.api import decode_attend
+from qwen_jax.kernels.quantised import quantise
 
 HEAD_DIM = 128
 TOLERANCE = 1e-2
@@ -39,6 +40,7 @@ class Shape:
     queries: int
     start: int
     dca: DualChunk | None = None
+    cache: str = "bfloat16"
 
     @property
     def keys(self) -> int:
@@ -59,11 +61,13 @@ SHAPES = {
     "chunk-at-1m": Shape(32 * K, 992 * K),
     "plain-second-chunk": Shape(8 * K, 253_952),
     "dca-second-chunk": Shape(8 * K, 253_952, tools.QWEN_1M),
-    "plain-end": Shape(27_000 // 8 * 8, 983_000),
-    "dca-end": Shape(27_000 // 8 * 8, 983_000, tools.QWEN_1M),
+    "plain-end": Shape(26_960, 983_040),
+    "dca-end": Shape(26_960, 983_040, tools.QWEN_1M),
     "decode-128k": Shape(1, 128 * K - 1),
     "decode-1m": Shape(1, 1024 * K - 1),
     "decode-1m-dca": Shape(1, 1024 * K - 1, tools.QWEN_1M),
+    "decode-1m-int8": Shape(1, 1024 * K - 1, tools.QWEN_1M, "int8"),
+    "decode-1m-fp8": Shape(1, 1024 * K - 1, tools.QWEN_1M, "float8_e4m3fn"),
 }
 
 
@@ -75,6 +79,7 @@ class Inputs:
     q: jax.Array
     k: jax.Array
     v: jax.Array
+    scales: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
     @property
     def head_dim(self) -> int:
@@ -111,6 +116,7 @@ def ours(inputs: Inputs, backend: str, **options: Any) -> Contender:
             "layer": jnp.int32(0),
         }
         q = inputs.q
+    arguments |= inputs.scales
     compiled = call.lower(q, inputs.k, inputs.v, **arguments).compile()
     return (
         lambda: compiled(q, inputs.k, inputs.v, **arguments),
@@ -184,7 +190,7 @@ def contenders(inputs: Inputs, wanted: list[str]) -> dict[str, Callable[[], Cont
     """Everything that can be timed on these inputs, by name."""
     decode = inputs.shape.queries == 1
     found: dict[str, Callable[[], Contender]] = {"mosaic_gpu": lambda: ours(inputs, "mosaic_gpu")}
-    if decode:
+    if decode and inputs.shape.cache == "bfloat16":
         found["xla"] = lambda: ours(inputs, "xla")
     if not inputs.shape.dca:
         found["torch cudnn"] = lambda: torch_sdpa(inputs, "cudnn")
@@ -204,11 +210,19 @@ def measure(
         tools.random(1, (1, shape.queries, N, head_dim)),
         *(tools.random(n, (1, 1, kv_heads, capacity, head_dim)) for n in (2, 3)),
     )
+    dense = inputs.k, inputs.v
+    if shape.cache != "bfloat16":  # compared with the numbers the cache holds
+        (k, k_scale), (v, v_scale) = (quantise(x, jnp.dtype(shape.cache)) for x in dense)
+        inputs = dataclasses.replace(
+            inputs, k=k, v=v, scales={"k_scale_LBKS": k_scale, "v_scale_LBKS": v_scale}
+        )
+        dense = k.astype(jnp.float32) * k_scale[..., None], v.astype(jnp.float32) * v_scale[..., None]
     sample = np.unique(np.linspace(0, shape.queries - 1, 4).astype(int))
     want, _ = tools.exact(
-        inputs.q[0, sample], shape.start + sample, inputs.k[0, 0], inputs.v[0, 0],
+        inputs.q[0, sample], shape.start + sample, dense[0][0, 0], dense[1][0, 0],
         kv_len=shape.keys, rotary=tools.rotary(head_dim, shape.dca), scale=head_dim**-0.5,
     )  # fmt: skip
+    del dense
     rows, runs = [], {}
     for contender, start in make(inputs).items():
         row: dict[str, Any] = {"shape": name, "heads": f"{N}/{kv_heads}", "contender": contender}
@@ -232,7 +246,10 @@ def measure(
         row = next(r for r in rows if r["contender"] == contender)
         row["ms"] = seconds * 1e3
         if shape.queries == 1:
-            row["GB/s"] = 4 * shape.keys * kv_heads * head_dim / seconds / 1e9
+            element = jnp.dtype(shape.cache).itemsize
+            row["GB/s"] = (
+                2 * shape.keys * kv_heads * (head_dim * element + 4 * (element == 1)) / seconds / 1e9
+            )
         else:
             row["TFLOP/s"] = 4 * shape.pairs * N * head_dim / seconds / 1e12
     cudnn = min((r["ms"] for r in rows if "cudnn" in r["contender"] and "ms" in r), default=None)

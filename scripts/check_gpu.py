@@ -20,6 +20,7 @@ import numpy as np
 from qwen_jax.config import DualChunk
 from qwen_jax.kernels.attention.api import BACKENDS as PREFILL
 from qwen_jax.kernels.decode_attention.api import BACKENDS as DECODE
+from qwen_jax.kernels.quantised import quantise
 from qwen_jax.rope import temperature
 
 TOLERANCE = 1e-2
@@ -57,6 +58,9 @@ DECODE_CASES: dict[str, tuple[Any, ...]] = {
     "head 64, generated keys": (10, 2, 64, 4 * S, [3 * S + 77, S + 3], [2 * S, 100], SMALL),
     "64 rows": (28, 4, 128, 4096, [60 * b + 17 for b in range(64)], [30 * b + 5 for b in range(64)], SMALL),
     "long": (28, 4, 128, 1 << 18, [(1 << 18) - 2], [(1 << 18) - 500], SMALL),
+    "int8": (28, 4, 128, 4 * S, [3 * S + 77, S + 3, -1], [2 * S, 100, 0], SMALL, "int8"),
+    "fp8": (28, 4, 128, 4 * S, [3 * S + 77, S + 3, -1], [2 * S, 100, 0], SMALL, "float8_e4m3fn"),
+    "int8, head 64": (10, 2, 64, 4 * S, [3 * S + 77, 5], [2 * S, 6], SMALL, "int8"),
 }  # fmt: skip
 
 
@@ -100,30 +104,45 @@ def check_prefill(backend: str, case: tuple[Any, ...], seed: int) -> tuple[float
             bool((np.isneginf(got_lse) == empty).all()) and not np.asarray(got, np.float32)[empty].any()
         )
         worst_out = max(worst_out, tools.relative_error(got, want))
-        worst_lse = max(worst_lse, float(np.abs(got_lse[~empty] - np.asarray(want_lse)[~empty]).max(initial=0.0)))
+        worst_lse = max(
+            worst_lse, float(np.abs(got_lse[~empty] - np.asarray(want_lse)[~empty]).max(initial=0.0))
+        )
     return worst_out, worst_lse, empty_right
 
 
 def check_decode(backend: str, case: tuple[Any, ...], seed: int) -> tuple[float, float, bool]:
     """Like `check_prefill`."""
-    N, K, H, capacity, positions, prompts, dca = case
+    N, K, H, capacity, positions, prompts, dca, *cache = case
     B = len(positions)
     rotary = tools.rotary(H, dca)
     layers, layer, scale = 2, 1, 1.3 * H**-0.5
     q = tools.random(seed, (B, N, H))
     k, v = (tools.random(seed + n, (layers, B, K, capacity, H)) for n in (1, 2))
+    scales = {}
+    k_run, v_run = k, v
+    if cache:  # compared with the numbers the cache holds
+        (k_run, k_scale), (v_run, v_scale) = (quantise(x, jnp.dtype(cache[0])) for x in (k, v))
+        scales = {"k_scale_LBKS": k_scale, "v_scale_LBKS": v_scale}
+        k, v = k_run.astype(jnp.float32) * k_scale[..., None], v_run.astype(jnp.float32) * v_scale[..., None]
 
     @jax.jit
     def run(
-        q: jax.Array, k: jax.Array, v: jax.Array, layer: Any, position: Any, prompt: Any, scale: Any
+        q: Any, k: Any, v: Any, layer: Any, position: Any, prompt: Any, scale: Any, scales: dict[str, Any]
     ) -> Any:
         return DECODE[backend](
-            q, k, v, layer=layer, position_B=position, prompt_len_B=prompt, rotary=rotary, scale_B=scale
+            q,
+            k,
+            v,
+            layer=layer,
+            position_B=position,
+            prompt_len_B=prompt,
+            rotary=rotary,
+            scale_B=scale,
+            **scales,
         )
 
-    out, lse = run(
-        q, k, v, jnp.int32(layer), jnp.array(positions), jnp.array(prompts), jnp.full(B, scale, jnp.float32)
-    )
+    arguments = jnp.int32(layer), jnp.array(positions), jnp.array(prompts), jnp.full(B, scale, jnp.float32)
+    out, lse = run(q, k_run, v_run, *arguments, scales)
     original = dca.original_max_position_embeddings if dca else 0
     worst_out, worst_lse, empty_right = 0.0, 0.0, True
     for b in range(B):
@@ -139,6 +158,33 @@ def check_decode(backend: str, case: tuple[Any, ...], seed: int) -> tuple[float,
         worst_out = max(worst_out, tools.relative_error(out[b], want[0]))
         worst_lse = max(worst_lse, float(np.abs(np.asarray(lse[b]) - np.asarray(want_lse[0])).max()))
     return worst_out, worst_lse, empty_right
+
+
+def scratch_bytes() -> dict[str, tuple[int, int]]:
+    """Of compiled programs: (bytes of scratch, bytes of one layer's keys), for caches too large to copy unnoticed."""
+    rotary = tools.rotary(128, tools.QWEN_1M)
+    cache = jax.ShapeDtypeStruct((4, 1, 4, 1 << 18, 128), jnp.bfloat16)
+    row, scalar = jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+    scale = jax.ShapeDtypeStruct((1,), jnp.float32)
+
+    def prefill(q: Any, k: Any, v: Any, layer: Any, start: Any, length: Any, scale: Any) -> Any:
+        return PREFILL["mosaic_gpu"](
+            q, k, v, layer=layer, q_start=start, kv_len_B=length, rotary=rotary, scale_B=scale
+        )
+
+    def decode(q: Any, k: Any, v: Any, layer: Any, position: Any, prompt: Any, scale: Any) -> Any:
+        return DECODE["mosaic_gpu"](
+            q, k, v, layer=layer, position_B=position, prompt_len_B=prompt, rotary=rotary, scale_B=scale
+        )
+
+    q = jax.ShapeDtypeStruct((1, 2048, 28, 128), jnp.bfloat16)
+    q1 = jax.ShapeDtypeStruct((1, 28, 128), jnp.bfloat16)
+    programs = {
+        "prefill": jax.jit(prefill).lower(q, cache, cache, scalar, scalar, row, scale),
+        "decode": jax.jit(decode).lower(q1, cache, cache, scalar, row, row, scale),
+    }
+    layer = cache.size * cache.dtype.itemsize // cache.shape[0]
+    return {name: (p.compile().memory_analysis().temp_size_in_bytes, layer) for name, p in programs.items()}
 
 
 def main() -> int:
@@ -169,6 +215,9 @@ def main() -> int:
                 print(
                     f"{verdict} {kind:8} {backend:10} {name}: out {error:.1e} lse {lse_error:.1e}", flush=True
                 )
+    for kind, (scratch, layer) in scratch_bytes().items() if not arguments.only else ():
+        failures += scratch >= layer // 2
+        print(f"{kind}: {scratch / 1e6:.1f} MB of scratch; one layer's keys take {layer / 1e6:.1f} MB")
     print(f"{failures} failures")
     return 1 if failures else 0
 

@@ -26,6 +26,7 @@ PREFILL = {
         prefill.Tiling(),
         prefill.Tiling(registers=(240, 24)),
         prefill.Tiling(cluster=2),
+        prefill.Tiling(cluster=2, registers=(240, 24)),
     ],
     64: [
         prefill.Tiling(stages=3),
@@ -90,7 +91,8 @@ def main() -> None:
         entries = []
         for head_dim in map(int, arguments.head_dims.split(",")) if shape else ():
             tiling = best(shape, (28, 4), head_dim, table[head_dim], arguments.rounds)
-            entries += [{"head_dim": head_dim, "tuned_on": shape, "tiling": tiling}] if tiling else []
+            entry = {"head_dim": head_dim, "cache": "bfloat16", "tuned_on": shape, "tiling": tiling}
+            entries += [entry] if tiling else []
         print(json.dumps({op: entries}))
         if arguments.write and entries:
             path = root / folder / "specs" / file

@@ -10,12 +10,13 @@ import jax
 
 from qwen_jax.kernels.attention import reference
 from qwen_jax.kernels.backends import Backend, dispatch, on_gpu
+from qwen_jax.kernels.quantised import expanding
 from qwen_jax.rope import Rotary
 
 BACKENDS: dict[str, Backend] = {
-    "mosaic_gpu": on_gpu("qwen_jax.kernels.attention.mosaic_gpu", "attend"),
-    "cudnn": on_gpu("qwen_jax.kernels.attention.cudnn", "attend"),
-    "xla": reference.attend,
+    "mosaic_gpu": expanding(on_gpu("qwen_jax.kernels.attention.mosaic_gpu", "attend")),
+    "cudnn": expanding(on_gpu("qwen_jax.kernels.attention.cudnn", "attend")),
+    "xla": expanding(reference.attend),
 }
 
 
@@ -29,6 +30,8 @@ def attend(
     kv_len_B: jax.Array,
     rotary: Rotary,
     scale_B: jax.Array,
+    k_scale_LBKS: jax.Array | None = None,
+    v_scale_LBKS: jax.Array | None = None,
     backend: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Softmax attention of T consecutive queries over the keys before them, with the positions of `rotary`.
@@ -45,6 +48,8 @@ def attend(
         kv_len_B: int32[B], tokens of each row that are real.
         rotary: positions, static.
         scale_B: float32[B], the factor on scores: 1 / sqrt(H) times the temperatures of the query and of the keys.
+        k_scale_LBKS: float32, with a cache of int8 or float8_e4m3fn: what each key is to be multiplied by, [L, B, K, S].
+        v_scale_LBKS: the same for values.
         backend: a name in BACKENDS, or None for the first that accepts.
 
     Returns:
@@ -54,7 +59,8 @@ def attend(
         NotImplementedError: the named backend, or every backend, refuses; the message holds the reasons.
         ValueError: no backend of that name.
     """
+    scales = {} if k_scale_LBKS is None else {"k_scale_LBKS": k_scale_LBKS, "v_scale_LBKS": v_scale_LBKS}
     return dispatch(
         "attention", BACKENDS, backend, q_BTNH, k_LBKSH, v_LBKSH,
-        layer=layer, q_start=q_start, kv_len_B=kv_len_B, rotary=rotary, scale_B=scale_B,
+        layer=layer, q_start=q_start, kv_len_B=kv_len_B, rotary=rotary, scale_B=scale_B, **scales,
     )  # fmt: skip

@@ -222,8 +222,8 @@ def prefill(
                 ):
                     pl.when(warp == w)(load)
 
-    q_tile = plgpu.SMEM((wgs, ROWS, H), dtype, transforms=tiled(2))
-    kv_ring = plgpu.SMEM((stages, bkv, H), dtype, transforms=tiled(2))
+    q_tile = plgpu.SMEM((wgs, ROWS, H), dtype, transforms=tiled(2, H))
+    kv_ring = plgpu.SMEM((stages, bkv, H), dtype, transforms=tiled(2, H))
     free: Any = plgpu.Barrier(num_arrivals=wgs, num_barriers=stages)
     shared: dict[str, Any] = {}
     if tiling.cluster > 1:

@@ -6,11 +6,12 @@ import jax
 
 from qwen_jax.kernels.backends import Backend, dispatch, on_gpu
 from qwen_jax.kernels.decode_attention import reference
+from qwen_jax.kernels.quantised import expanding
 from qwen_jax.rope import Rotary
 
 BACKENDS: dict[str, Backend] = {
     "mosaic_gpu": on_gpu("qwen_jax.kernels.decode_attention.mosaic_gpu", "decode_attend"),
-    "xla": reference.decode_attend,
+    "xla": expanding(reference.decode_attend),
 }
 
 
@@ -24,6 +25,8 @@ def decode_attend(
     prompt_len_B: jax.Array,
     rotary: Rotary,
     scale_B: jax.Array,
+    k_scale_LBKS: jax.Array | None = None,
+    v_scale_LBKS: jax.Array | None = None,
     backend: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of one query a row, each at its own position, over all keys j <= position_B[b].
@@ -40,6 +43,8 @@ def decode_attend(
         prompt_len_B: int32[B], tokens of each row's prompt.
         rotary: positions and original_max_position_embeddings, static.
         scale_B: float32[B], 1 / sqrt(H) times the query's temperature m(position + 1).
+        k_scale_LBKS: float32, with a cache of int8 or float8_e4m3fn: what each key is to be multiplied by, [L, B, K, S].
+        v_scale_LBKS: the same for values.
         backend: a name in BACKENDS, or None for the first that accepts.
 
     Returns:
@@ -49,7 +54,8 @@ def decode_attend(
         NotImplementedError: the named backend, or every backend, refuses; the message holds the reasons.
         ValueError: no backend of that name.
     """
+    scales = {} if k_scale_LBKS is None else {"k_scale_LBKS": k_scale_LBKS, "v_scale_LBKS": v_scale_LBKS}
     return dispatch(
         "decode attention", BACKENDS, backend, q_BNH, k_LBKSH, v_LBKSH,
-        layer=layer, position_B=position_B, prompt_len_B=prompt_len_B, rotary=rotary, scale_B=scale_B,
+        layer=layer, position_B=position_B, prompt_len_B=prompt_len_B, rotary=rotary, scale_B=scale_B, **scales,
     )  # fmt: skip

@@ -32,18 +32,20 @@ class Tiling:
         block_kv: keys a tile.
         stages: tiles of keys, and of values, that the ring holds.
         blocks_each: blocks that share a multiprocessor (its shared memory must hold their rings).
+        raw_stages: with an 8-bit cache, tiles of keys, and of values, that wait to be converted.
     """
 
     block_kv: int = 128
     stages: int = 2
     blocks_each: int = 1
+    raw_stages: int = 6
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """The shapes of a call; versions = rotations of the queries: 3 with dual chunk attention, else 1.
 
-    original: L0 of the length temperature, tokens; 0 for none.
+    cache: dtype of keys and values. original: L0 of the length temperature, tokens; 0 for none.
     """
 
     versions: int
@@ -53,11 +55,17 @@ class Problem:
     capacity: int
     head_dim: int
     original: int = 0
+    cache: str = "bfloat16"
 
     @property
     def group(self) -> int:
         """Query heads of one KV head."""
         return self.heads // self.kv_heads
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the cache holds 8-bit numbers with a factor a token and head."""
+        return jnp.dtype(self.cache).itemsize == 1
 
     @property
     def rows(self) -> int:
@@ -80,12 +88,13 @@ def shares(problem: Problem, tiling: Tiling) -> int:
 def decode(
     problem: Problem, tiling: Tiling, dtype: Any, interpret: Any = None
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """The kernel of these shapes: (layer, rows, cooling, q, k, v) -> (out [B * K * shares, rows, H], lse [B * K * shares, 64]).
+    """The kernel of these shapes: (layer, rows, cooling, q, k, v[, k_scale, v_scale]) -> (out, lse).
 
     layer: int32[1]. rows: int32[4 * B], for each row its position, prompt length, first SUCC key, first INTRA key. cooling:
     float32[B], for each row 1 / the temperature of prompt keys. q: [versions * B * K, 64, H], versions in key order, scaled so
-    that q . k of a prompt key is a base-2 exponent. k, v: [L * B * K, S, H].
-    Results are float32, lse natural; shares of a (row, KV head) are consecutive.
+    that q . k of a prompt key is a base-2 exponent. k, v: [L * B * K, S, H]; an
+    8-bit cache's scales [L * B * K, S] float32. out float32 [B * K * shares, rows, H], lse float32
+    [B * K * shares, 64], natural; shares of a (row, KV head) are consecutive.
     """
     B, K, H = problem.batch, problem.kv_heads, problem.head_dim
     bkv, stages = tiling.block_kv, tiling.stages
@@ -93,15 +102,20 @@ def decode(
     items = B * K * n_shares
     blocks = min(multiprocessors() * tiling.blocks_each, items)
     dca = problem.versions == 3
+    n_sources = 4 if problem.quantised else 2
 
     def kernel(
-        layer_ref: Any, rows_ref: Any, cooling_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, out_ref: Any, lse_ref: Any,
-        q_smem: Any, k_smem: Any, v_smem: Any, o_smem: Any, lse_smem: Any,
-        q_full: Any, q_free: Any, k_full: Any, k_free: Any, v_full: Any, v_free: Any,
+        layer_ref: Any, rows_ref: Any, cooling_ref: Any, q_ref: Any, *refs: Any
     ) -> None:  # fmt: skip
+        sources, (out_ref, lse_ref, q_smem, o_smem, lse_smem, q_full, q_free, *scratch) = (
+            refs[:n_sources],
+            refs[n_sources:],
+        )
+        rings = [Ring(*scratch[n : n + 3]) for n in range(0, len(scratch), 3)]
+        keys, values = rings[:2]
+        loaded = rings[2:] or rings  # the rings that the sources fill
         wg = lax.axis_index("wg")
         block = lax.axis_index("block")
-        keys, values = Ring(k_smem, k_full, k_free), Ring(v_smem, v_full, v_free)
 
         def item(n: jax.Array) -> tuple[jax.Array, ...]:
             """(batch row, its KV head among all rows', first tile, end tile) of share n; the end may not pass the first."""
@@ -112,7 +126,8 @@ def decode(
             # In this order no product passes int32 for the cache sizes a GPU holds.
             return b, pair, lax.div(tiles * share, n_shares), lax.div(tiles * (share + 1), n_shares)
 
-        def each_item(body: Callable[..., jax.Array]) -> None:
+        def run(body: Callable[..., jax.Array]) -> None:
+            """Every share of this block."""
             rounds = lax.div(items - 1 - block, jnp.int32(blocks)) + 1
             lax.fori_loop(0, rounds, lambda r, done: body(r * blocks + block, done), jnp.int32(0))
 
@@ -154,15 +169,8 @@ def decode(
             def free_queries() -> None:  # the next share's may come
                 plgpu.barrier_arrive(q_free)
 
-            walk = Walk(
-                q_smem,
-                keys,
-                values,
-                switch_queries,
-                free_queries,
-                visible,
-                bool(interpret),
-            )
+            scales = (loaded[2], loaded[3]) if problem.quantised else None
+            walk = Walk(q_smem, keys, values, switch_queries, free_queries, visible, bool(interpret), scales)
             plgpu.barrier_wait(q_full)
             plain = jnp.minimum(end, prompt_len) if problem.original else end
             softmax = walk(lo, jnp.minimum(lax.div(plain, bkv), hi), hi, first)
@@ -176,16 +184,29 @@ def decode(
             plgpu.copy_smem_to_gmem(lse_smem, lse_ref.at[n])
             return first + hi - lo
 
-        def load_tiles(source: Any, ring: Ring, n: jax.Array, first: jax.Array) -> jax.Array:
+        def load_tiles(pairs: list[tuple[Any, Ring]], n: jax.Array, first: jax.Array) -> jax.Array:
             _, pair, lo, hi = item(n)
             hi = jnp.maximum(hi, lo + 1)
             at = layer_ref[0] * (B * K) + pair
 
             def load(j: jax.Array, _: None) -> None:
-                ring.load(source.at[at, pl.ds(j * bkv, bkv)], first + j - lo)
+                for source, ring in pairs:
+                    ring.load(source.at[at, pl.ds(j * bkv, bkv)], first + j - lo)
 
             lax.fori_loop(lo, hi, load, None)
             return first + hi - lo
+
+        def convert(n: jax.Array, first: jax.Array) -> jax.Array:
+            """A share of an 8-bit cache, tile by tile."""
+            _, _, lo, hi = item(n)
+            count = jnp.maximum(hi, lo + 1) - lo
+
+            def tile(t: jax.Array, _: None) -> None:
+                keys.convert(loaded[0], t)
+                values.convert(loaded[1], t)
+
+            lax.fori_loop(first, first + count, tile, None)
+            return first + count
 
         def load_queries(n: jax.Array, done: jax.Array) -> jax.Array:
             """The queries of a share, in the rotation of each stage that it reaches. `done` counts the loads before."""
@@ -209,7 +230,7 @@ def decode(
         @pl.when(wg == 0)
         def _consume() -> None:
             plgpu.set_max_registers(208 if tiling.blocks_each > 1 else 240, action="increase")
-            each_item(consume)
+            run(consume)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg == 1)
@@ -218,16 +239,29 @@ def decode(
 
             @plgpu.warp_map
             def _(warp: jax.Array) -> None:
-                for w, load in enumerate(
-                    (
-                        functools.partial(load_tiles, k_ref, keys),
-                        functools.partial(load_tiles, v_ref, values),
-                        load_queries,
-                    )
-                ):
-                    pl.when(warp == w)(functools.partial(each_item, load))
+                by_warp = [
+                    functools.partial(load_tiles, list(zip(sources, loaded, strict=True))[w::2])
+                    for w in (0, 1)
+                ]
+                for w, load in enumerate((*by_warp, load_queries)):
+                    pl.when(warp == w)(functools.partial(run, load))
 
-    kv_ring = plgpu.SMEM((stages, bkv, H), dtype, transforms=tiled(2))
+        if problem.quantised:
+
+            @pl.when(wg == 2)
+            def _convert() -> None:
+                run(convert)
+
+    def ring(stages: int, shape: tuple[int, ...], dtype: Any) -> list[Any]:
+        """Tiles, full and free of a `Ring`."""
+        transforms = tiled(jnp.dtype(dtype).itemsize, H) if len(shape) > 1 else ()
+        tiles = plgpu.SMEM((stages, *shape), dtype, transforms=transforms)
+        return [tiles, plgpu.Barrier(num_barriers=stages), plgpu.Barrier(num_barriers=stages)]
+
+    rings = ring(stages, (bkv, H), dtype) * 2
+    if problem.quantised:
+        rings += ring(tiling.raw_stages, (bkv, H), problem.cache) * 2
+        rings += ring(tiling.raw_stages + stages + 2, (bkv,), jnp.float32) * 2
     return plgpu.kernel(
         kernel,
         out_type=[
@@ -235,14 +269,14 @@ def decode(
             jax.ShapeDtypeStruct((items, ROWS), jnp.float32),
         ],
         scratch_types=[
-            plgpu.SMEM((ROWS, H), dtype, transforms=tiled(2)), kv_ring, kv_ring,
-            plgpu.SMEM((ROWS, H), jnp.float32, transforms=tiled(4)), plgpu.SMEM((ROWS,), jnp.float32),
+            plgpu.SMEM((ROWS, H), dtype, transforms=tiled(2, H)),
+            plgpu.SMEM((ROWS, H), jnp.float32, transforms=tiled(4, H)), plgpu.SMEM((ROWS,), jnp.float32),
             plgpu.Barrier(), plgpu.Barrier(),
-            *[plgpu.Barrier(num_barriers=stages)] * 4,
+            *rings,
         ],
         grid=(blocks,),
         grid_names=("block",),
-        num_threads=2,
+        num_threads=3 if problem.quantised else 2,
         thread_name="wg",
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qwen_jax.kernels import quantised
 from qwen_jax.kernels.decode_attention.hopper import Problem, Tiling, decode, shares
 from qwen_jax.kernels.decode_attention.specs import tiling_for
 from qwen_jax.kernels.hopper import LOG2E, why_not_hopper
@@ -25,6 +26,8 @@ def decode_attend(
     prompt_len_B: jax.Array,
     rotary: Rotary,
     scale_B: jax.Array,
+    k_scale_LBKS: jax.Array | None = None,
+    v_scale_LBKS: jax.Array | None = None,
     tiling: Tiling | None = None,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -39,7 +42,7 @@ def decode_attend(
     """
     if not interpret and (reason := why_not_hopper()):
         raise NotImplementedError(reason)
-    if reason := refusal(q_BNH, k_LBKSH, v_LBKSH, rotary):
+    if reason := refusal(q_BNH, k_LBKSH, v_LBKSH, rotary, k_scale_LBKS, v_scale_LBKS):
         raise NotImplementedError(reason)
     B, N, H = q_BNH.shape
     K, S = k_LBKSH.shape[2:4]
@@ -51,6 +54,7 @@ def decode_attend(
         S,
         H,
         rotary.dca.original_max_position_embeddings if rotary.dca else 0,
+        str(k_LBKSH.dtype),
     )
     tiling = tiling or tiling_for(problem, rotary.chunk_len)
     if rotary.chunk_len and rotary.chunk_len % tiling.block_kv:
@@ -68,6 +72,7 @@ def decode_attend(
         _rotations(q_BNH, query_B, factor_B, rotary, problem),
         k_LBKSH.reshape(-1, S, H),
         v_LBKSH.reshape(-1, S, H),
+        *(x.astype(jnp.float32).reshape(-1, S) for x in (k_scale_LBKS, v_scale_LBKS) if x is not None),
     )
     P, G = shares(problem, tiling), problem.group
     out_BKPGH = out.reshape(B, K, P, problem.rows, H)[:, :, :, :G]
@@ -76,11 +81,26 @@ def decode_attend(
     return merged_BKGH.reshape(B, N, H).astype(q_BNH.dtype), merged_BKG.reshape(B, N)
 
 
-def refusal(q_BNH: jax.Array, k_LBKSH: jax.Array, v_LBKSH: jax.Array, rotary: Rotary) -> str | None:
+def refusal(
+    q_BNH: jax.Array,
+    k_LBKSH: jax.Array,
+    v_LBKSH: jax.Array,
+    rotary: Rotary,
+    k_scale_LBKS: jax.Array | None = None,
+    v_scale_LBKS: jax.Array | None = None,
+) -> str | None:
     """Why the kernel cannot serve these shapes and dtypes, or None."""
     K, capacity, head_dim = k_LBKSH.shape[2:]
-    if {q_BNH.dtype, k_LBKSH.dtype, v_LBKSH.dtype} != {jnp.dtype(jnp.bfloat16)}:
-        return f"needs bfloat16 queries, keys and values, got {q_BNH.dtype}, {k_LBKSH.dtype}, {v_LBKSH.dtype}"
+    cache = k_LBKSH.dtype
+    if (
+        q_BNH.dtype != jnp.bfloat16
+        or v_LBKSH.dtype != cache
+        or cache not in (jnp.dtype(jnp.bfloat16), *quantised.DTYPES)
+    ):
+        got = f"{q_BNH.dtype}, {cache}, {v_LBKSH.dtype}"
+        return f"needs bfloat16 queries and a cache of bfloat16, int8 or float8_e4m3fn, got {got}"
+    if (cache in quantised.DTYPES) != (k_scale_LBKS is not None and v_scale_LBKS is not None):
+        return "needs scales of keys and values with an 8-bit cache, and only then"
     if head_dim not in (64, 128):
         return f"needs a head dimension of 64 or 128, got {head_dim}"
     if q_BNH.shape[1] // K > ROWS:

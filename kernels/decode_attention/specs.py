@@ -17,11 +17,11 @@ def tiling_for(problem: Problem, chunk_len: int | None, device_kind: str | None 
     chunk_len: s of dual chunk attention, which the key tile must divide, or None.
     """
     for entry in _tuned(device_kind or jax.devices()[0].device_kind):
-        if entry["head_dim"] == problem.head_dim:
+        if (entry["head_dim"], entry["cache"]) == (problem.head_dim, problem.cache):
             tiling = Tiling(**entry["tiling"])
             if not chunk_len or chunk_len % tiling.block_kv == 0:
                 return tiling
-    return Tiling(block_kv=64, stages=5 * 128 // problem.head_dim)
+    return Tiling(block_kv=64, stages=2 if problem.quantised else 4)
 
 
 @functools.cache
