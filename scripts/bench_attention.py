@@ -193,9 +193,9 @@ def contenders(inputs: Inputs, wanted: list[str]) -> dict[str, Callable[[], Cont
     if decode and inputs.shape.cache == "bfloat16":
         found["xla"] = lambda: ours(inputs, "xla")
     if not inputs.shape.dca:
-        found["torch cudnn"] = lambda: torch_sdpa(inputs, "cudnn")
-        found["torch flash"] = lambda: torch_sdpa(inputs, "flash")
-        found["jax cudnn"] = lambda: jax_cudnn(inputs)
+        found["torch_cudnn"] = lambda: torch_sdpa(inputs, "cudnn")
+        found["torch_flash"] = lambda: torch_sdpa(inputs, "flash")
+        found["jax_cudnn"] = lambda: jax_cudnn(inputs)
     return {name: make for name, make in found.items() if not wanted or name in wanted}
 
 

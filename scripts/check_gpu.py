@@ -193,7 +193,7 @@ def main() -> int:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--backends", default="mosaic_gpu,cudnn", help="comma separated")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--only", default="", help="cases whose name contains one of these, comma separated")
     arguments = parser.parse_args()
     failures = 0
     for kind, cases, backends, check in (
@@ -202,7 +202,7 @@ def main() -> int:
     ):
         for backend in arguments.backends.split(","):
             for name, case in cases.items() if backend in backends else ():
-                if arguments.only not in name:
+                if not any(part in name for part in arguments.only.split(",")):
                     continue
                 try:
                     error, lse_error, empty_right = check(backend, case, arguments.seed)

@@ -243,7 +243,8 @@ def decode(
                     functools.partial(load_tiles, list(zip(sources, loaded, strict=True))[w::2])
                     for w in (0, 1)
                 ]
-                for w, load in enumerate((*by_warp, load_queries)):
+                loads: list[Callable[..., jax.Array]] = [*by_warp, load_queries]
+                for w, load in enumerate(loads):
                     pl.when(warp == w)(functools.partial(run, load))
 
         if problem.quantised:
