@@ -95,7 +95,7 @@ def main() -> None:
             entries += [entry] if tiling else []
         print(json.dumps({op: entries}))
         if arguments.write and entries:
-            path = root / folder / "specs" / file
+            path = root / folder / "tuned" / file
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps({op: entries}, indent=1) + "\n")
 

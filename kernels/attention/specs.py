@@ -28,5 +28,5 @@ def tiling_for(problem: Problem, chunk_len: int | None, device_kind: str | None 
 @functools.cache
 def _tuned(device_kind: str) -> list[dict]:
     """What `scripts/tune_attention.py` found for a device; nothing for one it has not seen."""
-    file = resources.files(__package__).joinpath("specs", device_kind.lower().replace(" ", "_") + ".json")
+    file = resources.files(__package__).joinpath("tuned", device_kind.lower().replace(" ", "_") + ".json")
     return json.loads(file.read_text())["prefill"] if file.is_file() else []

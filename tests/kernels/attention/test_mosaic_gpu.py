@@ -147,3 +147,11 @@ def test_the_rule_for_sizes_gives_tiles_that_divide_the_chunk_and_fit() -> None:
             assert not chunk_len or chunk_len % tiling.block_kv == 0
             shared = 2 * head_dim * (2 * tiling.rows + 2 * tiling.stages * tiling.block_kv)
             assert shared < 227 * 1024
+
+
+def test_tuned_sizes_are_found_by_device_and_obey_the_chunk() -> None:
+    problem = Problem(3, 1, 128, 28, 4, 4096, 128)
+    assert specs.tiling_for(problem, 253_952, "NVIDIA H200") == Tiling(
+        block_kv=128, stages=2, registers=(232, 40)
+    )
+    assert specs.tiling_for(problem, 64, "NVIDIA H200").block_kv == 64

@@ -11,11 +11,13 @@ from typing import Any
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from qwen_jax.config import DualChunk
 from qwen_jax.kernels.decode_attention import api, hopper, mosaic_gpu, specs
 from qwen_jax.kernels.decode_attention.hopper import Problem, Tiling, shares
+from qwen_jax.kernels.quantised import quantise
 from qwen_jax.rope import Rotary
 from tests.kernels.decode_attention.suite import DecodeSuite
 
@@ -52,6 +54,25 @@ def test_every_stage_with_temperatures_in_one_batch(interpreted: Interpreted) ->
 
 def test_plain_positions_and_a_group_of_seven(interpreted: Interpreted) -> None:
     interpreted.check([0, 5 * interpreted.unit + 3], [1, 5 * interpreted.unit], None, heads=(7, 1))
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_an_int8_cache_gives_what_its_numbers_say() -> None:
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.standard_normal((2, 2, 64)), jnp.bfloat16)
+    (k, k_scale), (v, v_scale) = (
+        quantise(jnp.asarray(rng.standard_normal((2, 2, 1, 256, 64)), jnp.float32), jnp.int8)
+        for _ in range(2)
+    )
+    call = {
+        "layer": 1, "position_B": jnp.array([200, 70]), "prompt_len_B": jnp.array([150, 80]),
+        "rotary": Rotary(1e4, 64, 256), "scale_B": jnp.full(2, 0.2),
+    }  # fmt: skip
+    scales = {"k_scale_LBKS": k_scale, "v_scale_LBKS": v_scale}
+    out, lse = api.decode_attend(q, k, v, **call, **scales, backend="mosaic_gpu")
+    want, want_lse = api.decode_attend(q.astype(jnp.float32), k, v, **call, **scales, backend="xla")
+    assert np.linalg.norm(out - want) <= 1e-2 * np.linalg.norm(want)
+    np.testing.assert_allclose(lse, want_lse, atol=2e-2)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(28, 4, 128), (14, 2, 64)])
@@ -110,3 +131,9 @@ def test_the_rule_for_sizes_fits() -> None:
     for head_dim in (64, 128):
         tiling = specs.tiling_for(Problem(3, 1, 28, 4, 4096, head_dim), 253_952, "a device nobody tuned")
         assert 64 * head_dim * (2 + 4) + 4 * head_dim * tiling.stages * tiling.block_kv < 227 * 1024
+
+
+def test_tuned_sizes_are_found_by_device_and_obey_the_chunk() -> None:
+    problem = Problem(3, 1, 28, 4, 4096, 128)
+    assert specs.tiling_for(problem, 253_952, "NVIDIA H200") == Tiling(block_kv=64, stages=4)
+    assert specs.tiling_for(problem, 64, "NVIDIA H200").block_kv == 64
