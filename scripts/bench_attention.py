@@ -28,6 +28,7 @@ from qwen_jax.config import DualChunk
 from qwen_jax.kernels.attention.api import attend
 from qwen_jax.kernels.decode_attention.api import decode_attend
 from qwen_jax.kernels.quantised import quantise
+from qwen_jax.rope import temperature
 
 HEAD_DIM = 128
 TOLERANCE = 1e-2
@@ -217,10 +218,15 @@ def measure(
             inputs, k=k, v=v, scales={"k_scale_LBKS": k_scale, "v_scale_LBKS": v_scale}
         )
         dense = k.astype(jnp.float32) * k_scale[..., None], v.astype(jnp.float32) * v_scale[..., None]
+    factors = None
+    if shape.queries == 1 and shape.dca:  # in decode each key carries its temperature
+        j = jnp.arange(capacity)
+        original = shape.dca.original_max_position_embeddings
+        factors = temperature(jnp.where(j < shape.start, shape.start, j + 1), original)
     sample = np.unique(np.linspace(0, shape.queries - 1, 4).astype(int))
     want, _ = tools.exact(
         inputs.q[0, sample], shape.start + sample, dense[0][0, 0], dense[1][0, 0],
-        kv_len=shape.keys, rotary=tools.rotary(head_dim, shape.dca), scale=head_dim**-0.5,
+        kv_len=shape.keys, rotary=tools.rotary(head_dim, shape.dca), scale=head_dim**-0.5, key_factor_S=factors,
     )  # fmt: skip
     del dense
     rows, runs = [], {}
