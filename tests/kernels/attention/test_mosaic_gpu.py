@@ -36,6 +36,8 @@ class Interpreted(AttentionSuite):
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Interpreted:
     """Two blocks, so that a block runs several items in a row."""
+    if jax.__version_info__ < (0, 12):
+        pytest.skip("the GPU interpreter of this jax loses track of barriers; the kernel itself runs on it")
     monkeypatch.setitem(
         api.BACKENDS, "mosaic_gpu", functools.partial(mosaic_gpu.attend, interpret=plgpu.InterpretGPUParams())
     )

@@ -35,6 +35,8 @@ class Interpreted(DecodeSuite):
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Interpreted:
     """Three blocks, so that a block runs several shares in a row."""
+    if jax.__version_info__ < (0, 12):
+        pytest.skip("the GPU interpreter of this jax loses track of barriers; the kernel itself runs on it")
     monkeypatch.setitem(
         api.BACKENDS,
         "mosaic_gpu",
