@@ -34,7 +34,7 @@ def save(grids: Mapping[str, Grid], path: str | Path, *, trained_on: int) -> Non
         ax.set_title(f"{title}\n{grid.trials} texts a cell", fontsize=10)
         ax.set_xticks(range(len(grid.lengths)), [_tokens(length) for length in grid.lengths])
         ax.set_yticks(range(len(grid.depths)), [f"{depth:.0%}" for depth in grid.depths])
-        ax.set_xlabel("length, tokens")
+        ax.set_xlabel("length, tokens (dashed: the longest in training)" if trained_on else "length, tokens")
         trained = sum(length <= trained_on for length in grid.lengths)
         if 0 < trained < len(grid.lengths):
             ax.axvline(trained - 0.5, color="black", linewidth=1.5, linestyle="--")
