@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 
-
 Backend = Callable[..., tuple[jax.Array, jax.Array]]
 
 
