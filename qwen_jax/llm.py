@@ -23,6 +23,7 @@ from qwen_jax.config import DualChunk
 from qwen_jax.context import Context, Document, capacity_for
 from qwen_jax.decode import BLOCK, NO_TOKEN, Request, decode_block, first_token
 from qwen_jax.hub import resolve
+from qwen_jax.loading import open_checkpoint
 from qwen_jax.model import Qwen2
 from qwen_jax.prefill import Prefiller, default_chunk
 from qwen_jax.progress import progress_bar
@@ -35,6 +36,7 @@ from qwen_jax.sampling import (
     row_keys,
     seen_tokens,
 )
+from qwen_jax.sparsity.switch import check_name, sparse_prefill
 from qwen_jax.tokenizer import Tokenizer, has_tokenizer
 
 STREAM_BLOCK = 8  # tokens between two pieces of streamed text
@@ -73,7 +75,10 @@ class LLM:
             prefill_chunk: tokens of a prefill piece; default `prefill.default_chunk`.
             dtype: of weights and activations; default: the checkpoint's. It and `dca` are for a path.
             kv_dtype: of the cache; default: that of the weights.
-            weight_dtype, sparsity: not built yet, refused unless None.
+            weight_dtype: not built yet, refused unless None.
+            sparsity: "vertical-slash": prompts above the config's sparse_attention_threshold (32,768 tokens unless it says
+                otherwise) are prefilled over the lines that the folder's sparse_attention_config.json allows each head;
+                "none": dense; None: the former if that file is there and config.json does not switch it off.
             mesh: where weights and cache go; default: one device, or where a loaded model is.
             dca: dual chunk attention to use instead of the config's; False: none.
             tokenizer: default: the one in the checkpoint's folder, if any.
@@ -87,8 +92,7 @@ class LLM:
             raise RequestError(
                 f"weight_dtype={weight_dtype!r} is not built yet; dtype= takes bfloat16, float16, float32"
             )
-        if sparsity is not None:
-            raise RequestError(f"sparsity={sparsity!r} is not built yet; leave it out for dense attention")
+        check_name(sparsity)
         if jax.process_count() > 1:
             raise RequestError("LLM runs in one process; several (jax.distributed) are not built yet")
         for axis in ("data", "context"):
@@ -102,8 +106,10 @@ class LLM:
         if isinstance(path_or_model, Qwen2):
             _check_loaded(path_or_model, dtype=dtype, dca=dca, mesh=mesh)
             self.model, self.tokenizer, self.defaults = path_or_model, tokenizer, GenerationDefaults()
+            sparse = sparse_prefill(sparsity, None, self.model.config)
         else:
             folder = resolve(path_or_model)
+            sparse = sparse_prefill(sparsity, folder, open_checkpoint(folder).config)
             with progress_bar("loading", show=progress, unit="bytes") as bar:
                 self.model = load(folder, dtype=dtype, mesh=mesh, dca=dca, progress=bar)
             self.defaults = GenerationDefaults.from_folder(folder)
@@ -127,11 +133,15 @@ class LLM:
         # The cache goes where the weights are: on another mesh the first piece would compile a program of its own.
         placed = getattr(self.model.embed.weight[...].sharding, "mesh", mesh)
         self._mesh = placed if isinstance(placed, Mesh) else mesh
+        if sparse and self._mesh is not None and self._mesh.size > 1:
+            raise RequestError(
+                "sparse prefill over several devices is not built yet: sparsity='none' is dense attention"
+            )
         self._batch_size, self._progress = batch_size, progress
         self._kv_dtype = _kv_dtype(kv_dtype, self.model.embed.weight[...].dtype)
         self._graph, self._params = nnx.split(self.model)
         chunk = default_chunk(self.config) if prefill_chunk is None else prefill_chunk
-        self._prefiller = Prefiller(self._graph, self._params, self.config, chunk)
+        self._prefiller = Prefiller(self._graph, self._params, self.config, chunk, sparse)
 
     def generate(
         self,

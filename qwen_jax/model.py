@@ -22,6 +22,7 @@ from qwen_jax.errors import QwenJaxError, check_ids
 from qwen_jax.kernels.attention.api import attend
 from qwen_jax.kernels.decode_attention.api import decode_attend
 from qwen_jax.rope import Rotary, temperature
+from qwen_jax.sparsity.attention import SparsePrefill, attend_prompts
 
 # attention of one layer: (q_BTNH unrotated, k_BTKH rotated, v_BTKH, cache, layer) -> (out_BTNH, cache)
 Attend = Callable[
@@ -245,7 +246,12 @@ class Qwen2(nnx.Module):
         return self.run_layers(self.embed(tokens_BT), positions_BT, None, attend_all)[0]
 
     def extend(
-        self, tokens_BT: jax.Array, cache: KVCache, start: jax.Array, prompt_len_B: jax.Array
+        self,
+        tokens_BT: jax.Array,
+        cache: KVCache,
+        start: jax.Array,
+        prompt_len_B: jax.Array,
+        sparse: SparsePrefill | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """One prefill piece: T tokens of every row from absolute position `start`, keys and values written to the cache.
 
@@ -254,6 +260,7 @@ class Qwen2(nnx.Module):
             cache: holds positions 0 .. start - 1; start + T must not pass its capacity.
             start: int32 scalar, a value, not a shape.
             prompt_len_B: int32[B], each row's whole prompt: the L of the length temperature.
+            sparse: makes prompts above its threshold sparse; None: all are dense.
 
         Returns:
             (final hidden states [B, T, D], the cache with the piece in it).
@@ -268,9 +275,9 @@ class Qwen2(nnx.Module):
         ) -> tuple[jax.Array, KVCache | None]:
             assert cache is not None
             cache = write_chunk(cache, k_BTKH, v_BTKH, layer=layer, start=start)
-            out_BTNH, _ = attend(
-                q_BTNH, cache.k, cache.v,
-                layer=layer, q_start=start, kv_len_B=prompt_len_B, rotary=self.rotary, scale_B=scale_B,
+            out_BTNH = attend_prompts(
+                q_BTNH, cache.k, cache.v, sparse,
+                layer=layer, q_start=start, prompt_len_B=prompt_len_B, rotary=self.rotary, scale_B=scale_B,
                 backend=self.attention_backend,
             )  # fmt: skip
             return out_BTNH, cache

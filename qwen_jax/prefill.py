@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from qwen_jax.cache import KVCache
 from qwen_jax.config import ModelConfig
+from qwen_jax.sparsity.attention import SparsePrefill
 
 MAX_CHUNK = 32_768
 MIN_BUCKET = 128
@@ -97,9 +98,10 @@ def _prefill_piece(
     prompt_len_B: jax.Array,
     cache: KVCache,
     last_BD: jax.Array,
+    sparse: SparsePrefill | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """Runs one piece; last_BD takes the hidden state of each row whose last prompt token lies in it."""
-    x_BTD, cache = nnx.merge(graph, params).extend(tokens_BT, cache, start, prompt_len_B)
+    x_BTD, cache = nnx.merge(graph, params).extend(tokens_BT, cache, start, prompt_len_B, sparse)
     t_B = prompt_len_B - 1 - start
     here_B = (t_B >= 0) & (t_B < tokens_BT.shape[1])
     x_BD = jnp.take_along_axis(x_BTD, jnp.where(here_B, t_B, 0)[:, None, None], axis=1)[:, 0]
@@ -120,10 +122,11 @@ def _score_piece(
     start: jax.Array,
     prompt_len_B: jax.Array,
     cache: KVCache,
+    sparse: SparsePrefill | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """Runs one piece and returns the log-probability of each row's target, float32[B, T]."""
     model = nnx.merge(graph, params)
-    x_BTD, cache = model.extend(tokens_BT, cache, start, prompt_len_B)
+    x_BTD, cache = model.extend(tokens_BT, cache, start, prompt_len_B, sparse)
     B, T, D = x_BTD.shape
 
     def score(args: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -142,10 +145,18 @@ class Prefiller:
         graph, params: the model, split once.
         config: its config.
         chunk: tokens of a full piece.
+        sparse: what makes long prompts sparse, or None.
     """
 
-    def __init__(self, graph: nnx.GraphDef, params: nnx.State, config: ModelConfig, chunk: int):
-        self.graph, self.params, self.config = graph, params, config
+    def __init__(
+        self,
+        graph: nnx.GraphDef,
+        params: nnx.State,
+        config: ModelConfig,
+        chunk: int,
+        sparse: SparsePrefill | None = None,
+    ):
+        self.graph, self.params, self.config, self.sparse = graph, params, config, sparse
         # A piece ends at a multiple of s: a longer chunk would only pad it.
         self.chunk = min(chunk, config.dual_chunk.chunk_len) if config.dual_chunk else chunk
         placed: Any = params["embed"]["weight"][...]
@@ -174,11 +185,12 @@ class Prefiller:
         """
         lengths_B = jnp.asarray(prompt_len_B, jnp.int32)
         end = start + tokens_BT.shape[1]
+        sparse = self.sparse if self.sparse and self.sparse.serves(prompt_len_B) else None
         last_BD = jnp.zeros((len(tokens_BT), self.config.hidden_size), self.dtype, device=self._device)
         for piece in self.pieces(start, end, cache.capacity):
             last_BD, cache = _prefill_piece(
                 self.graph, self.params, jnp.asarray(_piece_tokens(tokens_BT, start, piece)),
-                jnp.int32(piece.start), lengths_B, cache, last_BD,
+                jnp.int32(piece.start), lengths_B, cache, last_BD, sparse,
             )  # fmt: skip
             yield piece.start + piece.length - start, last_BD, cache
 
@@ -196,12 +208,13 @@ class Prefiller:
         T = len(token_ids)
         inputs, targets = token_ids[None, :-1], token_ids[None, 1:]
         length_B = jnp.array([T], jnp.int32)  # as `model(tokens)`: the temperature is that of all T tokens
+        sparse = self.sparse if self.sparse and self.sparse.serves(np.array([T])) else None
         out = []
         for piece in self.pieces(start, T - 1, cache.capacity):
             logp_BT, cache = _score_piece(
                 self.graph, self.params,
                 jnp.asarray(_piece_tokens(inputs, 0, piece)), jnp.asarray(_piece_tokens(targets, 0, piece)),
-                jnp.int32(piece.start), length_B, cache,
+                jnp.int32(piece.start), length_B, cache, sparse,
             )  # fmt: skip
             out.append(np.asarray(logp_BT[0, : piece.length]))
             if on_piece:

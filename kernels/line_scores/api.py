@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
+from qwen_jax.kernels.backends import Backend, dispatch
 from qwen_jax.kernels.line_scores import reference
 from qwen_jax.rope import Rotary
 
 FORCED_COLUMNS = 30
 FORCED_DIAGONALS = 100
 LAST_QUERIES = 64
-
-Backend = Callable[..., tuple[jax.Array, jax.Array]]
 
 BACKENDS: dict[str, Backend] = {"xla": reference.attention_sums}
 
@@ -45,7 +42,7 @@ def line_scores(
         rotary: positions, static.
         scale_B: float32[B], the factor on scores.
         last_queries: most queries that count, static.
-        backend: a name in BACKENDS, or None for the first.
+        backend: a name in BACKENDS, or None for the first that accepts.
 
     Returns:
         (columns float32[B, N, S] by key position j, diagonals float32[B, N, S] by distance d = i - j). The first 30
@@ -53,17 +50,16 @@ def line_scores(
         the piece is -inf throughout.
 
     Raises:
+        NotImplementedError: the named backend, or every backend, refuses; the message holds the reasons.
         ValueError: no backend of that name, or last_queries below 1.
     """
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"no backend {backend!r} for line scores; there are {', '.join(BACKENDS)}")
     if last_queries < 1:
         raise ValueError(f"last_queries must be at least 1, got {last_queries}")
     T, S = q_BTNH.shape[1], k_LBKSH.shape[3]
     q_start = jnp.int32(q_start)
     end_B = jnp.minimum(q_start + T, jnp.asarray(kv_len_B, jnp.int32))
-    sums = BACKENDS[backend or next(iter(BACKENDS))](
-        q_BTNH, k_LBKSH,
+    sums = dispatch(
+        "line scores", BACKENDS, backend, q_BTNH, k_LBKSH,
         layer=jnp.int32(layer), q_start=q_start, end_B=end_B, rotary=rotary, scale_B=scale_B, last_queries=last_queries,
     )  # fmt: skip
     seen_B1S = jnp.arange(S, dtype=jnp.int32) < jnp.where(end_B > q_start, end_B, 0)[:, None, None]

@@ -6,14 +6,11 @@ the rule that the computed set contains the chosen one and lies inside the causa
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 
+from qwen_jax.kernels.backends import Backend, dispatch
 from qwen_jax.kernels.sparse_attention import reference
 from qwen_jax.rope import Rotary
-
-Backend = Callable[..., tuple[jax.Array, jax.Array]]
 
 BACKENDS: dict[str, Backend] = {"xla": reference.attend_lines}
 
@@ -58,16 +55,8 @@ def attend_lines(
         NotImplementedError: the named backend, or every backend, refuses; the message holds the reasons.
         ValueError: no backend of that name.
     """
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"no sparse attention backend {backend!r}; there are {', '.join(BACKENDS)}")
-    reasons = []
-    for name in [backend] if backend else BACKENDS:
-        try:
-            return BACKENDS[name](
-                q_BTNH, k_LBKSH, v_LBKSH,
-                columns_BNS=columns_BNS, diagonals_BNS=diagonals_BNS, most_columns=most_columns,
-                layer=layer, q_start=q_start, kv_len_B=kv_len_B, rotary=rotary, scale_B=scale_B,
-            )  # fmt: skip
-        except NotImplementedError as refusal:
-            reasons.append(f"{name}: {refusal}")
-    raise NotImplementedError("; ".join(reasons))
+    return dispatch(
+        "sparse attention", BACKENDS, backend, q_BTNH, k_LBKSH, v_LBKSH,
+        columns_BNS=columns_BNS, diagonals_BNS=diagonals_BNS, most_columns=most_columns,
+        layer=layer, q_start=q_start, kv_len_B=kv_len_B, rotary=rotary, scale_B=scale_B,
+    )  # fmt: skip

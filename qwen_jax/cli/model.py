@@ -35,7 +35,15 @@ KvDtype = Annotated[
     typer.Option(help="Of the cache.", rich_help_panel=_MODEL, show_default="that of the weights"),
 ]
 WeightDtype = Annotated[str | None, typer.Option(help="Quantised weights.", rich_help_panel=_MODEL)]
-Sparsity = Annotated[str | None, typer.Option(help="Sparse prefill.", rich_help_panel=_MODEL)]
+Sparsity = Annotated[
+    str | None,
+    typer.Option(
+        metavar="vertical-slash|none",
+        help="Sparse prefill of long prompts.",
+        rich_help_panel=_MODEL,
+        show_default="on if the checkpoint has head budgets",
+    ),
+]
 Dca = Annotated[
     str | None,
     typer.Option(

@@ -1,0 +1,78 @@
+"""Attention of one prefill piece, sparse for the rows whose prompt is long: scores, selection, attention, all on the device."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwen_jax.kernels.attention.api import attend
+from qwen_jax.kernels.line_scores.api import line_scores
+from qwen_jax.kernels.sparse_attention.api import attend_lines
+from qwen_jax.rope import Rotary
+from qwen_jax.sparsity.budgets import LineBudgets
+from qwen_jax.sparsity.selection import select_lines
+
+
+@dataclasses.dataclass(frozen=True)
+class SparsePrefill:
+    """Vertical-slash prefill as one model uses it; a pytree, of which only `budgets` holds arrays.
+
+    Attributes:
+        budgets: lines of every layer and head.
+        threshold: prompts longer than this many tokens are sparse, all others dense.
+        last_queries: queries at the end of a piece that choose its lines.
+    """
+
+    budgets: LineBudgets
+    threshold: int
+    last_queries: int
+
+    def serves(self, prompt_len_B: np.ndarray) -> bool:
+        """Whether any of these prompts, lengths in tokens, is sparse; if none is, nothing here is part of the program."""
+        return bool((np.asarray(prompt_len_B) > self.threshold).any())
+
+
+jax.tree_util.register_dataclass(
+    SparsePrefill, data_fields=["budgets"], meta_fields=["threshold", "last_queries"]
+)
+
+
+def attend_prompts(
+    q_BTNH: jax.Array,
+    k_LBKSH: jax.Array,
+    v_LBKSH: jax.Array,
+    sparse: SparsePrefill | None,
+    *,
+    layer: jax.Array,
+    q_start: jax.Array,
+    prompt_len_B: jax.Array,
+    rotary: Rotary,
+    scale_B: jax.Array,
+    backend: str | None = None,
+) -> jax.Array:
+    """The output [B, T, N, H] of `kernels.attention.api.attend`, over chosen lines in rows that `sparse` makes sparse.
+
+    Arguments as there; prompt_len_B int32[B] is each row's whole prompt, in tokens; `backend` is that of dense attention.
+    """
+    common: dict[str, Any] = {"layer": layer, "q_start": q_start, "rotary": rotary, "scale_B": scale_B}
+    if sparse is None:
+        return attend(q_BTNH, k_LBKSH, v_LBKSH, kv_len_B=prompt_len_B, backend=backend, **common)[0]
+    long_B = prompt_len_B > sparse.threshold
+    # A row of no keys costs nothing: each half does the rows of the other kind for free.
+    sparse_len_B, dense_len_B = jnp.where(long_B, prompt_len_B, 0), jnp.where(long_B, 0, prompt_len_B)
+    columns_BNS, diagonals_BNS = line_scores(
+        q_BTNH, k_LBKSH, kv_len_B=sparse_len_B, last_queries=sparse.last_queries, **common
+    )
+    budgets = sparse.budgets
+    lines = select_lines(columns_BNS, diagonals_BNS, budgets.vertical_LN[layer], budgets.slash_LN[layer])
+    sparse_BTNH, _ = attend_lines(
+        q_BTNH, k_LBKSH, v_LBKSH,
+        columns_BNS=lines.columns, diagonals_BNS=lines.diagonals, most_columns=budgets.most_vertical,
+        kv_len_B=sparse_len_B, **common,
+    )  # fmt: skip
+    dense_BTNH, _ = attend(q_BTNH, k_LBKSH, v_LBKSH, kv_len_B=dense_len_B, backend=backend, **common)
+    return jnp.where(long_B[:, None, None, None], sparse_BTNH, dense_BTNH)

@@ -1,0 +1,170 @@
+"""`LLM` with sparse prefill: when it is on, what it leaves alone, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from qwen_jax import LLM, QwenJaxError, SamplingParams
+from qwen_jax.config import ModelConfig
+from qwen_jax.kernels.attention.api import attend
+from qwen_jax.rope import Rotary
+from qwen_jax.sparsity.attention import SparsePrefill, attend_prompts
+from qwen_jax.sparsity.budgets import FILE_NAME, Budget, LineBudgets, write
+from qwen_jax.sparsity.switch import sparse_prefill
+from tests import tiny_checkpoint
+
+THRESHOLD, CHUNK = 300, 128
+FEW, ALL = Budget(31, 100), Budget(4096, 4096)
+DUAL_CHUNK = tiny_checkpoint.CONFIG["dual_chunk_attention_config"] | {"sparse_attention_threshold": THRESHOLD}
+IDS = np.random.default_rng(0).integers(0, 256, 450)  # crosses s = 384
+GREEDY = SamplingParams(max_new_tokens=4, greedy=True, ignore_eos=True)
+
+
+def checkpoint(folder: Path, budget: Budget | None = None, **sparse: Any) -> Path:
+    """A random checkpoint whose attention matters: matrices 8 times the usual size, norms of ones."""
+    tiny_checkpoint.write(folder, dual_chunk_attention_config=DUAL_CHUNK | sparse)
+    tensors = load_file(folder / "model.safetensors")
+    loud = {name: np.ones_like(x) if "norm" in name else 8 * x for name, x in tensors.items()}
+    save_file(loud, folder / "model.safetensors")
+    if budget is not None:
+        config = ModelConfig.from_folder(folder)
+        write(folder / FILE_NAME, [[budget] * config.num_heads] * config.num_layers)
+    return folder
+
+
+def open_llm(folder: Path, sparsity: str | None = None) -> LLM:
+    return LLM(folder, max_len=512, prefill_chunk=CHUNK, sparsity=sparsity)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint(tmp_path_factory.mktemp("sparse") / "few", FEW)
+
+
+@pytest.fixture(scope="module")
+def sparse(folder: Path) -> LLM:
+    return open_llm(folder)
+
+
+@pytest.fixture(scope="module")
+def dense(folder: Path) -> LLM:
+    return open_llm(folder, "none")
+
+
+def test_prompts_at_the_threshold_are_bit_identical_and_one_more_token_is_not(
+    sparse: LLM, dense: LLM
+) -> None:
+    for length in (200, THRESHOLD):
+        np.testing.assert_array_equal(sparse.score(IDS[:length]), dense.score(IDS[:length]))
+    a, b = (llm.prefill(IDS[:THRESHOLD]).cache.v for llm in (sparse, dense))
+    np.testing.assert_array_equal(a, b)
+    a, b = (np.asarray(llm.prefill(IDS[: THRESHOLD + 1]).cache.v) for llm in (sparse, dense))
+    assert np.abs(a - b).max() > 0.01
+
+
+def test_enough_budget_is_dense_attention(tmp_path: Path, dense: LLM) -> None:
+    """Every line chosen, across chunk boundaries of prefill and of dual chunk attention."""
+    everything = open_llm(checkpoint(tmp_path / "all", ALL))
+    np.testing.assert_allclose(everything.score(IDS), dense.score(IDS), rtol=0, atol=1e-3)
+    assert everything.generate(IDS, GREEDY).token_ids == dense.generate(IDS, GREEDY).token_ids
+
+
+def test_the_first_piece_sees_every_key_and_the_last_does_not(sparse: LLM, dense: LLM) -> None:
+    """The tiles of the forced diagonals hold every key of the first piece, and leave out many of the last's."""
+    a, b = sparse.score(IDS), dense.score(IDS)
+    np.testing.assert_allclose(a[: CHUNK - 1], b[: CHUNK - 1], rtol=0, atol=2e-4)
+    assert np.abs(a[-50:] - b[-50:]).max() > 0.1
+    assert np.isfinite(a).all()
+
+
+def test_a_row_of_a_mixed_batch_is_what_it_is_alone() -> None:
+    """A short prompt beside a long one keeps dense attention to the bit; the long one is sparse."""
+    rng = np.random.default_rng(1)
+    B, T, N, K, S, H, start = 3, 64, 4, 2, 512, 16, 256
+    q = jnp.asarray(rng.standard_normal((B, T, N, H)), jnp.float32)
+    k, v = (jnp.asarray(rng.standard_normal((2, B, K, S, H)), jnp.float32) for _ in range(2))
+    lengths = jnp.array([THRESHOLD, 320, 20], jnp.int32)
+    budgets = LineBudgets.of([[FEW] * N, [Budget(0, 0)] * N])
+    call = {
+        "layer": jnp.int32(0), "q_start": jnp.int32(start), "rotary": Rotary(1e4, H, S), "scale_B": jnp.full(B, 0.3)
+    }  # fmt: skip
+    mixed, alone = (
+        jax.jit(lambda q, k, v, sparse=sparse: attend_prompts(q, k, v, sparse, prompt_len_B=lengths, **call))(
+            q, k, v
+        )
+        for sparse in (SparsePrefill(budgets, THRESHOLD, 64), None)
+    )
+    np.testing.assert_array_equal(mixed[0, : THRESHOLD - start], alone[0, : THRESHOLD - start])
+    assert np.abs(mixed[1] - alone[1]).max() > 1e-3
+    without_layer = call | {"layer": jnp.int32(1)}
+    other = attend_prompts(
+        q, k, v, SparsePrefill(budgets, THRESHOLD, 64), prompt_len_B=lengths, **without_layer
+    )
+    assert not np.asarray(other[1]).any()  # this layer's budgets are of no line
+    want = attend(q, k, v, kv_len_B=lengths, **without_layer)[0]
+    np.testing.assert_allclose(other[0, : THRESHOLD - start], want[0, : THRESHOLD - start], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "enabled", "file", "on"),
+    [
+        (None, None, True, True), (None, None, False, False), (None, False, True, False), (None, True, True, True),
+        ("none", True, True, False), ("none", None, False, False), ("vertical-slash", False, True, True),
+        ("vertical-slash", None, True, True),
+    ],
+)  # fmt: skip
+def test_when_it_is_on(
+    folder: Path, tmp_path: Path, sparsity: str | None, enabled: bool | None, file: bool, on: bool
+) -> None:
+    config = ModelConfig.from_folder(folder)
+    config = dataclasses.replace(config, sparse=dataclasses.replace(config.sparse, enabled=enabled))
+    made = sparse_prefill(sparsity, folder if file else tmp_path, config)
+    assert (made is not None) == on
+    if made is not None:
+        assert (made.threshold, made.last_queries) == (THRESHOLD, 64)
+
+
+def test_the_switch_is_read_from_config_json(tmp_path: Path) -> None:
+    off = open_llm(checkpoint(tmp_path / "off", FEW, sparse_attention_enabled=False))
+    on = open_llm(tmp_path / "off", "vertical-slash")
+    assert np.abs(off.score(IDS) - on.score(IDS)).max() > 0.1
+
+
+def test_what_is_refused(folder: Path, tmp_path: Path, dense: LLM) -> None:
+    for sparsity, path, message in [
+        ("bands", folder, "sparsity='bands' is not built yet; there are vertical-slash and none"),
+        ("guessing", folder, "sparsity='guessing' is not one of vertical-slash, none"),
+        ("vertical-slash", dense.model, "needs the sparse_attention_config.json of a folder"),
+        ("vertical-slash", checkpoint(tmp_path / "without"), "sparsity='vertical-slash' needs .*, and there is none"),
+        (None, checkpoint(tmp_path / "on", sparse_attention_enabled=True), "sparse_attention_enabled in config.json needs"),
+        (None, checkpoint(tmp_path / "no rows", FEW, sparse_attention_last_q=0), "last_q in config.json must be at least 1"),
+    ]:  # fmt: skip
+        with pytest.raises(QwenJaxError, match=message) as refusal:
+            LLM(path, max_len=64, sparsity=sparsity)
+        assert "\n" not in str(refusal.value)
+
+
+def test_budgets_of_another_model_are_refused_before_weights_are_read(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = checkpoint(tmp_path / "other")
+    (other / FILE_NAME).write_text(json.dumps(json.loads((folder / FILE_NAME).read_text())[:1]))
+    monkeypatch.setattr("qwen_jax.llm.load", lambda *_, **__: pytest.fail("weights were read"))
+    with pytest.raises(QwenJaxError, match="budgets of 1 layers"):
+        LLM(other)
+
+
+def test_several_devices_are_refused(folder: Path) -> None:
+    mesh = jax.make_mesh((2,), ("tensor",), devices=jax.devices()[:2])
+    with pytest.raises(QwenJaxError, match="sparse prefill over several devices is not built yet"):
+        LLM(folder, mesh=mesh)
+    LLM(folder, mesh=mesh, sparsity="none")
