@@ -57,7 +57,7 @@ Mesh = Annotated[
     str | None,
     typer.Option(
         metavar="AXIS=N,...",
-        help="Spread the model over devices: context=2,tensor=4.",
+        help="Spread the model over devices: tensor=4.",
         rich_help_panel=_MODEL,
         show_default="one device",
     ),
