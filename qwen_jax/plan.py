@@ -345,10 +345,7 @@ def _gb(count: float) -> str:
 
 
 def _seconds(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds >= 100
-        else f"{seconds:.1f} s"
-        if seconds >= 1
-        else f"{seconds * 1e3:.1f} ms"
-    )
+    for unit, scale, least in (("s", 1.0, 1.0), ("ms", 1e3, 1e-3), ("µs", 1e6, 0.0)):
+        if seconds >= least:
+            break
+    return f"{seconds * scale:.{0 if seconds >= 100 else 1}f} {unit}"
