@@ -345,7 +345,6 @@ def _gb(count: float) -> str:
 
 
 def _seconds(seconds: float) -> str:
-    for unit, scale, least in (("s", 1.0, 1.0), ("ms", 1e3, 1e-3), ("µs", 1e6, 0.0)):
-        if seconds >= least:
-            break
-    return f"{seconds * scale:.{0 if seconds >= 100 else 1}f} {unit}"
+    if seconds >= 1:
+        return f"{seconds:.{0 if seconds >= 100 else 1}f} s"
+    return f"{seconds * 1e3:.1f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} µs"
