@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import dtypes, lax
 
+from qwen_jax.kernels.products import einsum
 from qwen_jax.rope import Rotary, Stage
 
 QUERY_TILE = 256
@@ -94,7 +95,7 @@ def _flash(
             base = jnp.where(jnp.isneginf(new_peak), 0.0, new_peak)
             p_BKRS = jnp.exp(s_BKRS - base[..., None])
             shrink = jnp.exp(peak - base)
-            pv = _einsum("BKRS,BKSH->BKRH", p_BKRS.astype(tile.v_BKSH.dtype), tile.v_BKSH)
+            pv = einsum("BKRS,BKSH->BKRH", p_BKRS.astype(tile.v_BKSH.dtype), tile.v_BKSH)
             return out * shrink[..., None] + pv, new_peak, total * shrink + p_BKRS.sum(-1)
 
         shape = q_PBKRH.shape[1:]
@@ -129,13 +130,13 @@ def _flash_backward(rotary: Rotary, group: int, saved: Any, grads: Any) -> Any:
             d_q, d_k, d_v, d_scale_B = state
             s_BKRS = _scores(q_PBKRH[p], tile, scale_B)
             p_BKRS = jnp.exp(s_BKRS - base[..., None])
-            d_v = _add(d_v, _einsum("BKRS,BKRH->BKSH", p_BKRS, d_out), tile.start)
-            ds_BKRS = p_BKRS * (_einsum("BKRH,BKSH->BKRS", d_out, tile.v_BKSH) + row_BKR[..., None])
+            d_v = _add(d_v, einsum("BKRS,BKRH->BKSH", p_BKRS, d_out), tile.start)
+            ds_BKRS = p_BKRS * (einsum("BKRH,BKSH->BKRS", d_out, tile.v_BKSH) + row_BKR[..., None])
             finite = jnp.where(p_BKRS > 0, s_BKRS, 0.0)
             d_scale_B = d_scale_B + jnp.einsum("BKRS,BKRS->B", ds_BKRS, finite) / scale_B
             ds_BKRS = ds_BKRS * scale_B[:, None, None, None]
-            d_q = d_q.at[p].add(_einsum("BKRS,BKSH->BKRH", ds_BKRS, tile.k_BKSH))
-            d_k = _add(d_k, _einsum("BKRS,BKRH->BKSH", ds_BKRS, q_PBKRH[p]), tile.start)
+            d_q = d_q.at[p].add(einsum("BKRS,BKSH->BKRH", ds_BKRS, tile.k_BKSH))
+            d_k = _add(d_k, einsum("BKRS,BKRH->BKSH", ds_BKRS, q_PBKRH[p]), tile.start)
             return d_q, d_k, d_v, d_scale_B
 
         start = (jnp.zeros(q_PBKRH.shape), *d_kv, jnp.zeros(B))
@@ -201,10 +202,5 @@ def _add(total_BKSH: jax.Array, x_BKSH: jax.Array, start: jax.Array) -> jax.Arra
 
 
 def _scores(q_BKRH: jax.Array, tile: _KeyTile, scale_B: jax.Array) -> jax.Array:
-    s_BKRS = _einsum("BKRH,BKSH->BKRS", q_BKRH, tile.k_BKSH) * scale_B[:, None, None, None]
+    s_BKRS = einsum("BKRH,BKSH->BKRS", q_BKRH, tile.k_BKSH) * scale_B[:, None, None, None]
     return jnp.where(tile.visible_BRS[:, None], s_BKRS, -jnp.inf)
-
-
-def _einsum(spec: str, *operands: jax.Array) -> jax.Array:
-    # HIGHEST: float32 stays float32 on GPUs and TPUs too; it changes nothing for bf16 operands.
-    return jnp.einsum(spec, *operands, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qwen_jax.kernels.attention.reference import read_tile
+from qwen_jax.kernels.products import einsum
 from qwen_jax.rope import Rotary, Stage, temperature
 
 KEY_TILE = 2048
@@ -45,7 +46,7 @@ def decode_attend(
         start = jnp.minimum(n * width, S - width)  # dynamic_slice would move a tile that overhangs the cache
         j_S = start + jnp.arange(width, dtype=jnp.int32)
         k_BKSH, v_BKSH = (read_tile(x, jnp.int32(layer), start, width) for x in (k_LBKSH, v_LBKSH))
-        s_BKPGS = _einsum("BKPGH,BKSH->BKPGS", q_BKPGH, k_BKSH)
+        s_BKPGS = einsum("BKPGH,BKSH->BKPGS", q_BKPGH, k_BKSH)
         s_BKGS = s_BKPGS[:, :, 0]
         if rotary.dca:
             intra_BS, inter_BS = j_S >= intra_B[:, None], j_S < succ_B[:, None]
@@ -61,7 +62,7 @@ def decode_attend(
         base = jnp.where(jnp.isneginf(new_peak), 0.0, new_peak)
         p_BKGS = jnp.exp(s_BKGS - base[..., None])
         shrink = jnp.exp(peak - base)
-        pv = _einsum("BKGS,BKSH->BKGH", p_BKGS.astype(v_BKSH.dtype), v_BKSH)
+        pv = einsum("BKGS,BKSH->BKGH", p_BKGS.astype(v_BKSH.dtype), v_BKSH)
         return out * shrink[..., None] + pv, new_peak, total * shrink + p_BKGS.sum(-1)
 
     init = (jnp.zeros((B, K, G, H)), jnp.full((B, K, G), -jnp.inf), jnp.zeros((B, K, G)))
@@ -78,7 +79,3 @@ def key_temperature(j_S: jax.Array, prompt_len_B: jax.Array, rotary: Rotary) -> 
     original = rotary.dca.original_max_position_embeddings if rotary.dca else 0
     prompt_B1 = temperature(prompt_len_B, original)[:, None]
     return jnp.where(j_S < prompt_len_B[:, None], prompt_B1, temperature(j_S + 1, original))
-
-
-def _einsum(spec: str, *operands: jax.Array) -> jax.Array:
-    return jnp.einsum(spec, *operands, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
