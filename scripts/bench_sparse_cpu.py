@@ -22,8 +22,8 @@ import results
 
 from qwen_jax.kernels.attention.api import attend
 from qwen_jax.kernels.line_scores.api import line_scores
-from qwen_jax.kernels.sparse_attention import reference
 from qwen_jax.kernels.sparse_attention.api import attend_lines
+from qwen_jax.kernels.sparse_attention.bands import bands_of
 from qwen_jax.kernels.sparse_attention.computed import computed_keys, computed_pairs
 from qwen_jax.rope import Rotary
 from qwen_jax.sparsity.selection import select_lines
@@ -32,7 +32,6 @@ N, K, H = 2, 1, 128
 DISTANCES = (0.03, 0.09, 0.18, 0.28, 0.4, 0.52, 0.66, 0.8)  # of the prompt
 VERTICAL, SLASH = 500, 600  # lines a head, before scaling
 SCALE = H**-0.5
-TILES = {"query_tile": reference.QUERY_TILE, "key_tile": reference.KEY_TILE}
 
 
 def structured(rotary: Rotary, S: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -88,28 +87,27 @@ def main() -> None:
     common = {"layer": 0, "rotary": rotary, "scale_B": jnp.full(1, SCALE), "kv_len_B": jnp.array([S])}
 
     @jax.jit
+    def select(
+        columns: jax.Array, diagonals: jax.Array, vertical_N: jax.Array, slash_N: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        lines = select_lines(columns, diagonals, vertical_N, slash_N)
+        return lines.columns, bands_of(lines.diagonals)
+
+    @jax.jit
     def scores(q: jax.Array, start: jax.Array) -> Any:
         return line_scores(q, k, q_start=start, **common)
 
     @functools.partial(jax.jit, static_argnames="most")
     def sparse(q: jax.Array, start: jax.Array, vertical_N: jax.Array, slash_N: jax.Array, most: int) -> Any:
-        lines = select_lines(*line_scores(q, k, q_start=start, **common), vertical_N, slash_N)
+        columns, bands = select(*line_scores(q, k, q_start=start, **common), vertical_N, slash_N)
         return attend_lines(
-            q,
-            k,
-            v,
-            columns_BNS=lines.columns,
-            diagonals_BNS=lines.diagonals,
-            most_columns=most,
-            q_start=start,
-            **common,
+            q, k, v, columns_BNS=columns, bands_BNM=bands, most_columns=most, q_start=start, **common
         )
 
     @jax.jit
     def dense(q: jax.Array, start: jax.Array) -> Any:
         return attend(q, k, v, q_start=start, backend="xla", **common)
 
-    select = jax.jit(select_lines)
     scored = [scores(q[:, start : start + T], start) for start in starts]
 
     def budgets(factor: float) -> tuple[np.ndarray, np.ndarray]:
@@ -120,12 +118,10 @@ def main() -> None:
         lines = [jax.tree.map(np.asarray, select(*s, *budgets(factor))) for s in scored]
         pairs = [
             sum(
-                computed_pairs(
-                    x.columns[0, n], x.diagonals[0, n], q_start=start, queries=T, kv_len=S, **TILES
-                )
+                computed_pairs(columns[0, n], bands[0, n], q_start=start, queries=T, kv_len=S)
                 for n in range(N)
             )
-            for start, x in zip(starts, lines, strict=True)
+            for start, (columns, bands) in zip(starts, lines, strict=True)
         ]
         return lines, np.array(pairs, np.float64)
 
@@ -140,7 +136,7 @@ def main() -> None:
         raise SystemExit(
             f"density {density:.4f} is not the {args.density} asked for: the forced lines alone cost more"
         )
-    bands = [int((np.diff(np.flatnonzero(lines[-1].diagonals[0, n])) > 64).sum()) + 1 for n in range(N)]
+    bands = [int((np.diff(np.flatnonzero(lines[-1][1][0, n])) > 1).sum()) + 1 for n in range(N)]
 
     vertical_N, slash_N = (jnp.asarray(x) for x in budgets(factor))
     most = int(vertical_N.max())
@@ -150,7 +146,7 @@ def main() -> None:
     _, dense_s = timed(lambda: [dense(*p) for p in pieces], args.times)
     result = {
         "what": "one layer's prefill attention in XLA, float32, sparse against dense",
-        "tokens": S, "piece": T, "query_heads": N, "kv_heads": K, "head_dim": H, **TILES,
+        "tokens": S, "piece": T, "query_heads": N, "kv_heads": K, "head_dim": H,
         "columns_a_head": int(vertical_N[0]), "diagonals_a_head": int(slash_N[0]), "bands_a_head_last_piece": bands,
         "density": round(float(density), 4), "density_by_piece": [round(float(x), 4) for x in pairs / causal],
         "dense_s": round(dense_s, 3), "sparse_s": round(sparse_s, 3), "line_scores_s": round(scores_s, 3),
@@ -178,19 +174,16 @@ def worst(
     largest, S = 0.0, len(k_SH)
     q = np.asarray(rotary.rotate(jnp.asarray(q_SNH), jnp.arange(S, dtype=jnp.int32)), np.float64)
     for number, (out, _) in enumerate(got):
+        columns, bands = lines[number]
         for n in range(N):
-            line = (lines[number].columns[0, n], lines[number].diagonals[0, n])
-            for i_T, keys_S in computed_keys(*line, q_start=number * T, queries=T, kv_len=S, **TILES):
-                i = int(i_T[number * 37 % len(i_T)])
-                if (i // TILES["query_tile"]) % max(1, T // TILES["query_tile"] // 16):
-                    continue
-                j = np.flatnonzero(keys_S[: i + 1])
+            i_T = np.unique(np.linspace(0, T - 1, 16).astype(int)) + number * T
+            for i, keys_S in zip(i_T, computed_keys(columns[0, n], bands[0, n], i_T), strict=True):
+                j = np.flatnonzero(keys_S)
                 p = k_SH[j].astype(np.float64) @ q[i, n] * SCALE
                 p = np.exp(p - p.max())
                 want = p / p.sum() @ v_SH[j].astype(np.float64)
-                largest = max(
-                    largest, float(np.abs(np.asarray(out[0, i - number * T, n], np.float64) - want).max())
-                )
+                error = np.abs(np.asarray(out[0, i - number * T, n], np.float64) - want).max()
+                largest = max(largest, float(error))
     return largest
 
 

@@ -1,49 +1,43 @@
-"""Which keys the XLA backend computes for given lines, in NumPy: for tests and for the density of a run."""
+"""The computed set of sparse attention in NumPy, straight from the contract: for tests and for the density of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
+
+from qwen_jax.kernels.sparse_attention.bands import BAND
 
 
 def computed_keys(
+    columns_S: np.ndarray, bands_M: np.ndarray, i_T: np.ndarray, band: int = BAND
+) -> np.ndarray:
+    """bool[T, S]: the keys that queries at positions i_T of one head compute; the row's length is not looked at."""
+    j_S = np.arange(len(columns_S))
+    apart_TS = i_T[:, None] // band - j_S // band
+    in_band_TS = np.where(apart_TS > 0, bands_M[np.maximum(apart_TS, 0)], apart_TS == 0)
+    return (columns_S | in_band_TS) & (j_S <= i_T[:, None])
+
+
+def computed_pairs(
     columns_S: np.ndarray,
-    diagonals_S: np.ndarray,
+    bands_M: np.ndarray,
     *,
     q_start: int,
     queries: int,
     kv_len: int,
-    query_tile: int,
-    key_tile: int,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """For every query tile of one head: (its query positions int64[T], the keys bool[S] that it computes).
+    band: int = BAND,
+) -> int:
+    """How many (query, key) pairs one head computes for the real ones of `queries` positions from q_start on.
 
-    Those are the columns, and all keys of every aligned key tile that holds key i - d of a query i of the tile, d being a
-    chosen distance. Each query computes those of them that it sees: j <= i and j < kv_len.
+    A query tile sees whole key tiles at every distance D >= 1 in the bands, of all others before it the columns, and of its
+    own what lies before each query.
     """
-    S = len(columns_S)
-    distances = np.flatnonzero(diagonals_S)
-    key_tile, query_tile = min(key_tile, S), min(query_tile, queries)
-    for first in range(q_start, q_start + queries, query_tile):
-        i = np.arange(first, min(first + query_tile, q_start + queries, kv_len))
-        keys = columns_S.copy()
-        if len(i):
-            # Key tiles from the one of the first query's key to the one of the last query's: all between are touched.
-            lowest, highest = np.maximum(i[0] - distances, 0) // key_tile, (i[-1] - distances) // key_tile
-            edges = np.zeros(S // key_tile + 2, np.int64)
-            there = i[-1] >= distances
-            np.add.at(edges, lowest[there], 1)
-            np.add.at(edges, highest[there] + 1, -1)
-            keys |= np.repeat(np.cumsum(edges) > 0, key_tile)[:S]
-        keys[kv_len:] = False
-        yield i, keys
-
-
-def computed_pairs(columns_S: np.ndarray, diagonals_S: np.ndarray, **piece: int) -> int:
-    """Number of (query, key) pairs that one head computes; arguments as in `computed_keys`."""
-    pairs = 0
-    for i, keys in computed_keys(columns_S, diagonals_S, **piece):
-        seen = np.cumsum(keys)
-        pairs += int(seen[np.minimum(i, len(keys) - 1)].sum())
+    M = len(bands_M)
+    columns_M = np.bincount(np.flatnonzero(columns_S) // band, minlength=M)
+    pairs, end = 0, min(q_start + queries, kv_len)
+    for c in range(q_start // band, -(-end // band)):
+        first, last = max(c * band, q_start), min((c + 1) * band, end)
+        in_band_M = bands_M[c:0:-1]  # of key tiles 0 .. c - 1
+        keys = band * int(in_band_M.sum()) + int(columns_M[:c][~in_band_M].sum())
+        own = first - c * band + 1 + last - c * band  # keys of the first query and of the last, together
+        pairs += (last - first) * keys + (last - first) * own // 2
     return pairs

@@ -1,9 +1,8 @@
 """Attention over chosen lines in plain XLA: work is proportional to the keys computed, not to the keys there are.
 
 Heads run one after another, for each chose its own lines. A head's columns are the same for every query, so their keys and
-values are gathered into one array, in key order, and read a batch at a time. Its diagonals become aligned key tiles: a
-query tile computes every key tile that a chosen diagonal touches, whole. Keys of such a tile that are columns are masked: they
-have counted already. `computed_set` states which keys a query tile thus computes.
+values are gathered into one array, in key order, and read a batch at a time. A query tile then reads every key tile in its
+bands, whole. Keys of such a tile that are columns are masked: they have counted already.
 """
 
 from __future__ import annotations
@@ -16,10 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from qwen_jax.kernels.products import einsum
+from qwen_jax.kernels.sparse_attention.bands import BAND
 from qwen_jax.rope import Rotary
 
-QUERY_TILE = 128
-KEY_TILE = 64
 BATCH = 256  # keys a step; several tiles make one matrix product
 
 
@@ -46,48 +44,51 @@ def attend_lines(
     v_LBKSH: jax.Array,
     *,
     columns_BNS: jax.Array,
-    diagonals_BNS: jax.Array,
+    bands_BNM: jax.Array,
     most_columns: int,
     layer: jax.Array | int,
     q_start: jax.Array | int,
     kv_len_B: jax.Array,
     rotary: Rotary,
     scale_B: jax.Array,
+    band: int = BAND,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `kernels.sparse_attention.api.attend_lines`; takes any s, T and device. Computes `computed_set`."""
+    """See `kernels.sparse_attention.api.attend_lines`; takes any s, T, start, band and device."""
     B, T, N, H = q_BTNH.shape
     K, S = k_LBKSH.shape[2:4]
     layer, q_start = jnp.int32(layer), jnp.int32(q_start)
     kv_len_B = jnp.asarray(kv_len_B, jnp.int32)
-    tile = min(QUERY_TILE, T)
-    C = -(-T // tile)
+    C = -(-T // band) + 1  # tiles that T queries lie in if they start inside one
+    into, first_tile = q_start % band, q_start // band
     i_T = q_start + jnp.arange(T, dtype=jnp.int32)
     q_PBTNH = jnp.stack([rotary.rotate_queries(q_BTNH, i_T, stage) for stage in rotary.stages])
-    q_PBTNH = jnp.pad(q_PBTNH, ((0, 0), (0, 0), (0, C * tile - T), (0, 0), (0, 0)))
-    q_XCPTH = jnp.einsum("PBCTNH->BNCPTH", q_PBTNH.reshape(-1, B, C, tile, N, H)).reshape(
-        B * N, C, -1, tile, H
+    tiles_PBTNH = jnp.zeros((*q_PBTNH.shape[:2], C * band, N, H), q_PBTNH.dtype)
+    tiles_PBTNH = lax.dynamic_update_slice_in_dim(tiles_PBTNH, q_PBTNH, into, 2)
+    q_XCPTH = jnp.einsum("PBCTNH->BNCPTH", tiles_PBTNH.reshape(-1, B, C, band, N, H)).reshape(
+        B * N, C, -1, band, H
     )
 
     def one_head(xs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        x, q_CPTH, columns_S, diagonals_S = xs
+        x, q_CPTH, columns_S, bands_M = xs
         b, kv_head = x // N, x % N // (N // K)
-        end = jnp.minimum(kv_len_B[b], S)
+        end = jnp.minimum(jnp.minimum(kv_len_B[b], S), q_start + T)
         head = _Head.of(
-            k_LBKSH, v_LBKSH, (layer, b, kv_head), columns_S, diagonals_S, min(most_columns, S), end
+            k_LBKSH, v_LBKSH, (layer, b, kv_head), columns_S, bands_M, band, min(most_columns, S), end
         )
 
         def one_tile(xs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             c, q_PTH = xs
-            return head.attend(q_PTH, q_start + c * tile, rotary, scale_B[b])
+            return head.attend(q_PTH, first_tile + c, q_start, rotary, scale_B[b])
 
         return lax.map(one_tile, (jnp.arange(C, dtype=jnp.int32), q_CPTH))
 
     heads = jnp.arange(B * N, dtype=jnp.int32)
-    lines = columns_BNS.reshape(B * N, S), diagonals_BNS.reshape(B * N, S)
+    lines = columns_BNS.reshape(B * N, S), bands_BNM.reshape(B * N, -1)
     out_XCTH, lse_XCT = lax.map(one_head, (heads, q_XCPTH, *lines))
-    out = jnp.einsum("BNTH->BTNH", out_XCTH.reshape(B, N, C * tile, H))
-    lse = jnp.einsum("BNT->BTN", lse_XCT.reshape(B, N, C * tile))
-    return out[:, :T].astype(q_BTNH.dtype), lse[:, :T]
+    out = jnp.einsum("BNTH->BTNH", out_XCTH.reshape(B, N, C * band, H))
+    lse = jnp.einsum("BNT->BTN", lse_XCT.reshape(B, N, C * band))
+    out, lse = (lax.dynamic_slice_in_dim(x, into, T, 1) for x in (out, lse))
+    return out.astype(q_BTNH.dtype), lse
 
 
 _Add = Callable[[_Batch, _Softmax], _Softmax]
@@ -100,7 +101,8 @@ class _Head(NamedTuple):
         k_LBKSH, v_LBKSH, where: the cache, and the (layer, row, KV head) to read.
         end: keys there are.
         column_S: bool, the chosen columns among them.
-        before_S: number of chosen diagonals nearer than each distance 0 .. S.
+        bands_M: bool, tile distances to compute.
+        band: positions a tile.
         j_C, k_CH, v_CH: positions, keys and values of the columns in key order; S and anything past the last.
     """
 
@@ -109,7 +111,8 @@ class _Head(NamedTuple):
     where: tuple[jax.Array, jax.Array, jax.Array]
     end: jax.Array
     column_S: jax.Array
-    before_S: jax.Array
+    bands_M: jax.Array
+    band: int
     j_C: jax.Array
     k_CH: jax.Array
     v_CH: jax.Array
@@ -121,7 +124,8 @@ class _Head(NamedTuple):
         v_LBKSH: jax.Array,
         where: tuple[jax.Array, jax.Array, jax.Array],
         columns_S: jax.Array,
-        diagonals_S: jax.Array,
+        bands_M: jax.Array,
+        band: int,
         most_columns: int,
         end: jax.Array,
     ) -> _Head:
@@ -130,19 +134,20 @@ class _Head(NamedTuple):
         # One batch more than there can be columns: a batch read from any place stays inside.
         (j_C,) = jnp.nonzero(column_S, size=most_columns + BATCH, fill_value=S)
         k_CH, v_CH = (x[*where].at[j_C].get(mode="clip") for x in (k_LBKSH, v_LBKSH))
-        before_S = jnp.pad(jnp.cumsum(diagonals_S, dtype=jnp.int32), (1, 0))
-        return cls(k_LBKSH, v_LBKSH, where, end, column_S, before_S, j_C.astype(jnp.int32), k_CH, v_CH)
+        return cls(k_LBKSH, v_LBKSH, where, end, column_S, bands_M, band, j_C.astype(jnp.int32), k_CH, v_CH)
 
     def attend(
-        self, q_PTH: jax.Array, start: jax.Array, rotary: Rotary, scale: jax.Array
+        self, q_PTH: jax.Array, c: jax.Array, q_start: jax.Array, rotary: Rotary, scale: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """One query tile from position `start` on, rotated for every stage P: (out float32[T, H], lse float32[T])."""
+        """Query tile c, rotated for every stage P: (out float32[T, H], lse float32[T]); real ones start at q_start."""
         _, T, H = q_PTH.shape
+        start = c * self.band
         i_T = start + jnp.arange(T, dtype=jnp.int32)
-        last = jnp.minimum(start + T, self.end)  # one past the last key that any query sees
-        tiles = self._tiles(start, last)
+        # One past the last key that any query sees; nothing for a tile without a real query.
+        last = jnp.where(start < self.end, jnp.minimum(start + T, self.end), 0)
+        tiles = self._tiles(c)
         state = _Softmax(jnp.zeros((T, H)), jnp.full(T, -jnp.inf), jnp.zeros(T))
-        for p, (lo, hi) in enumerate(rotary.stage_ranges(start, last).values()):
+        for p, (lo, hi) in enumerate(rotary.stage_ranges(jnp.maximum(start, q_start), last).values()):
 
             def add(
                 batch: _Batch, state: _Softmax, p: int = p, lo: jax.Array = lo, hi: jax.Array = hi
@@ -156,15 +161,12 @@ class _Head(NamedTuple):
         total = jnp.where(empty, 1.0, state.total)
         return state.out / total[:, None], jnp.where(empty, -jnp.inf, state.peak + jnp.log(total))
 
-    def _tiles(self, start: jax.Array, last: jax.Array) -> jax.Array:
-        """The key tiles that a chosen diagonal touches for queries [start, last), ascending, then M."""
-        S = len(self.column_S)
-        width = min(KEY_TILE, S)
-        first_M = jnp.arange(-(-S // width), dtype=jnp.int32) * width
-        nearest, farthest = start - first_M - (width - 1), last - 1 - first_M
-        touched = self.before_S[jnp.clip(farthest + 1, 0, S)] > self.before_S[jnp.clip(nearest, 0, S)]
-        touched &= (first_M < last) & (start < last)
-        return jnp.nonzero(touched, size=len(first_M), fill_value=len(first_M))[0].astype(jnp.int32)
+    def _tiles(self, c: jax.Array) -> jax.Array:
+        """The key tiles in the bands of query tile c, ascending, then M."""
+        M = len(self.bands_M)
+        apart_M = c - jnp.arange(M, dtype=jnp.int32)
+        in_band = (self.bands_M[jnp.maximum(apart_M, 0)] & (apart_M > 0)) | (apart_M == 0)
+        return jnp.nonzero(in_band, size=M, fill_value=M)[0].astype(jnp.int32)
 
     def _walk_columns(self, add: _Add, lo: jax.Array, hi: jax.Array, state: _Softmax) -> _Softmax:
         first, stop = (self.j_C < lo).sum(), (self.j_C < hi).sum()
@@ -181,11 +183,11 @@ class _Head(NamedTuple):
     def _walk_tiles(
         self, add: _Add, tiles_M: jax.Array, lo: jax.Array, hi: jax.Array, state: _Softmax
     ) -> _Softmax:
-        S, H = self.k_LBKSH.shape[3:]
-        width = min(KEY_TILE, S)
-        together = min(max(BATCH // width, 1), len(tiles_M))
+        (S, H), M = self.k_LBKSH.shape[3:], len(self.bands_M)
+        width = min(self.band, S)
+        together = min(max(BATCH // width, 1), M)
         first, stop = (tiles_M < lo // width).sum(), (tiles_M * width < hi).sum()
-        padded_M = jnp.pad(tiles_M, (0, together), constant_values=-(-S // width))
+        padded_M = jnp.pad(tiles_M, (0, together), constant_values=M)
 
         def visit(n: jax.Array, state: _Softmax) -> _Softmax:
             chosen_G = lax.dynamic_slice_in_dim(padded_M, first + n * together, together)

@@ -12,6 +12,7 @@ import numpy as np
 from qwen_jax.kernels.attention.api import attend
 from qwen_jax.kernels.line_scores.api import line_scores
 from qwen_jax.kernels.sparse_attention.api import attend_lines
+from qwen_jax.kernels.sparse_attention.bands import bands_of
 from qwen_jax.rope import Rotary
 from qwen_jax.sparsity.budgets import LineBudgets
 from qwen_jax.sparsity.selection import select_lines
@@ -71,7 +72,7 @@ def attend_prompts(
     lines = select_lines(columns_BNS, diagonals_BNS, budgets.vertical_LN[layer], budgets.slash_LN[layer])
     sparse_BTNH, _ = attend_lines(
         q_BTNH, k_LBKSH, v_LBKSH,
-        columns_BNS=lines.columns, diagonals_BNS=lines.diagonals, most_columns=budgets.most_vertical,
+        columns_BNS=lines.columns, bands_BNM=bands_of(lines.diagonals), most_columns=budgets.most_vertical,
         kv_len_B=sparse_len_B, **common,
     )  # fmt: skip
     dense_BTNH, _ = attend(q_BTNH, k_LBKSH, v_LBKSH, kv_len_B=dense_len_B, backend=backend, **common)
