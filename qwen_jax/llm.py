@@ -78,7 +78,8 @@ class LLM:
             weight_dtype: not built yet, refused unless None.
             sparsity: "vertical-slash": prompts above the config's sparse_attention_threshold (32,768 tokens unless it says
                 otherwise) are prefilled over the lines that the folder's sparse_attention_config.json allows each head;
-                "none": dense; None: the former if that file is there and config.json does not switch it off.
+                "bands": over the columns and bands of most attention for as many computed pairs, "bands:0.5" for half as
+                many; "none": dense; None: the first if that file is there and config.json does not switch it off.
             mesh: where weights and cache go; default: one device, or where a loaded model is.
             dca: dual chunk attention to use instead of the config's; False: none.
             tokenizer: default: the one in the checkpoint's folder, if any.

@@ -294,7 +294,7 @@ def test_an_empty_text_is_refused(text_llm: LLM) -> None:
     ("setting", "message"),
     [
         ({"weight_dtype": "int8"}, "weight_dtype='int8' is not built yet"),
-        ({"sparsity": "bands"}, "sparsity='bands' is not built yet"),
+        ({"sparsity": "bands:2"}, "the share must be a number above 0, at most 1"),
         ({"kv_dtype": "int8"}, "kv_dtype='int8' is not built yet"),
         ({"kv_dtype": "fp8"}, "kv_dtype='fp8' is not built yet"),
         ({"max_len": 0}, "max_len must be at least 1"),

@@ -38,7 +38,7 @@ WeightDtype = Annotated[str | None, typer.Option(help="Quantised weights.", rich
 Sparsity = Annotated[
     str | None,
     typer.Option(
-        metavar="vertical-slash|none",
+        metavar="vertical-slash|bands[:SHARE]|none",
         help="Sparse prefill of long prompts.",
         rich_help_panel=_MODEL,
         show_default="on if the checkpoint has head budgets",

@@ -15,22 +15,53 @@ from qwen_jax.kernels.sparse_attention.api import attend_lines
 from qwen_jax.kernels.sparse_attention.bands import bands_of
 from qwen_jax.rope import Rotary
 from qwen_jax.sparsity.budgets import LineBudgets
+from qwen_jax.sparsity.cost_aware import Piece, computed_pairs, select_bands
 from qwen_jax.sparsity.selection import select_lines
 
 
 @dataclasses.dataclass(frozen=True)
 class SparsePrefill:
-    """Vertical-slash prefill as one model uses it; a pytree, of which only `budgets` holds arrays.
+    """Sparse prefill as one model uses it; a pytree, of which only `budgets` holds arrays.
 
     Attributes:
         budgets: lines of every layer and head.
         threshold: prompts longer than this many tokens are sparse, all others dense.
         last_queries: queries at the end of a piece that choose its lines.
+        bands: None: the published rule, columns and diagonals within the budget. A number: columns and bands by attention per
+            key computed, for that share of the pairs that the published rule would compute (`cost_aware`).
     """
 
     budgets: LineBudgets
     threshold: int
     last_queries: int
+    bands: float | None = None
+
+    @property
+    def most_columns(self) -> int:
+        """No head of any layer chooses more columns."""
+        most = self.budgets.most_vertical
+        return most if self.bands is None else 2 * most
+
+    def choose(
+        self,
+        columns_BNS: jax.Array,
+        diagonals_BNS: jax.Array,
+        *,
+        layer: jax.Array | int,
+        q_start: jax.Array | int,
+        end_B: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Columns, bool[B, N, S], and bands, bool[B, N, M], for `attend_lines` from the `line_scores` of [q_start, end_B)."""
+        budgets = self.budgets
+        lines = select_lines(columns_BNS, diagonals_BNS, budgets.vertical_LN[layer], budgets.slash_LN[layer])
+        bands_BNM = bands_of(lines.diagonals)
+        if self.bands is None:
+            return lines.columns, bands_BNM
+        piece = Piece(jnp.int32(q_start), end_B)
+        return select_bands(
+            columns_BNS, diagonals_BNS, self.bands * computed_pairs(lines.columns, bands_BNM, piece), piece,
+            last_queries=self.last_queries, most_columns=self.most_columns,
+        )  # fmt: skip
 
     def serves(self, prompt_len_B: np.ndarray) -> bool:
         """Whether any of these prompts, lengths in tokens, is sparse; if none is, nothing here is part of the program."""
@@ -38,7 +69,7 @@ class SparsePrefill:
 
 
 jax.tree_util.register_dataclass(
-    SparsePrefill, data_fields=["budgets"], meta_fields=["threshold", "last_queries"]
+    SparsePrefill, data_fields=["budgets"], meta_fields=["threshold", "last_queries", "bands"]
 )
 
 
@@ -68,12 +99,13 @@ def attend_prompts(
     columns_BNS, diagonals_BNS = line_scores(
         q_BTNH, k_LBKSH, kv_len_B=sparse_len_B, last_queries=sparse.last_queries, **common
     )
-    budgets = sparse.budgets
-    lines = select_lines(columns_BNS, diagonals_BNS, budgets.vertical_LN[layer], budgets.slash_LN[layer])
+    end_B = jnp.minimum(q_start + q_BTNH.shape[1], sparse_len_B)
+    columns_BNS, bands_BNM = sparse.choose(
+        columns_BNS, diagonals_BNS, layer=layer, q_start=q_start, end_B=end_B
+    )
     sparse_BTNH, _ = attend_lines(
         q_BTNH, k_LBKSH, v_LBKSH,
-        columns_BNS=lines.columns, bands_BNM=bands_of(lines.diagonals), most_columns=budgets.most_vertical,
-        kv_len_B=sparse_len_B, **common,
+        columns_BNS=columns_BNS, bands_BNM=bands_BNM, most_columns=sparse.most_columns, kv_len_B=sparse_len_B, **common,
     )  # fmt: skip
     dense_BTNH, _ = attend(q_BTNH, k_LBKSH, v_LBKSH, kv_len_B=dense_len_B, backend=backend, **common)
     return jnp.where(long_B[:, None, None, None], sparse_BTNH, dense_BTNH)

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+INFINITY = int(np.float32(np.inf).view(np.int32))  # the rank of +inf
+
 
 class Lines(NamedTuple):
     """The chosen lines of every head: key j is kept for query i >= j iff columns[j] or diagonals[i - j].
@@ -39,8 +41,7 @@ def best(scores: jax.Array, count: jax.Array) -> jax.Array:
         scores: float32[..., S]: -inf, which is never chosen, or from 0 to +inf.
         count: int32, broadcast to scores' shape with one entry in its last axis.
     """
-    # The bits of floats from 0 up are ordered like the floats: a threshold is found by bisection on integers.
-    rank = jnp.where(scores >= 0, lax.bitcast_convert_type(jnp.abs(scores), jnp.int32), -1)
+    rank = rank_of(scores)
     count = jnp.broadcast_to(count, (*scores.shape[:-1], 1))
 
     def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -50,11 +51,14 @@ def best(scores: jax.Array, count: jax.Array) -> jax.Array:
         return jnp.where(fits, low, middle + 1), jnp.where(fits, middle, high)
 
     # The least threshold above which no more than `count` lie; 31 passes halve [-1, bits of +inf] to one.
-    ends = jnp.full(count.shape, -1, jnp.int32), jnp.full(count.shape, _INFINITY, jnp.int32)
+    ends = jnp.full(count.shape, -1, jnp.int32), jnp.full(count.shape, INFINITY, jnp.int32)
     threshold = lax.fori_loop(0, 31, halve, ends)[1]
     above, tied = rank > threshold, (rank == threshold) & (rank >= 0)
     room = count - above.sum(-1, keepdims=True)
     return above | (tied & (jnp.cumsum(tied, -1) <= room))
 
 
-_INFINITY = int(np.float32(np.inf).view(np.int32))
+def rank_of(scores: jax.Array) -> jax.Array:
+    """int32 in the order of the scores, float32 from 0 up; -1 for -inf. A threshold is found by bisection on integers."""
+    # The bits of floats from 0 up are ordered like the floats.
+    return jnp.where(scores >= 0, lax.bitcast_convert_type(jnp.abs(scores), jnp.int32), -1)

@@ -86,6 +86,32 @@ def test_the_first_piece_sees_every_key_and_the_last_does_not(sparse: LLM, dense
     assert np.isfinite(a).all()
 
 
+def test_bands_within_a_wide_budget_are_dense_attention_and_within_a_narrow_one_the_forced_lines(
+    folder: Path,
+) -> None:
+    rng = np.random.default_rng(2)
+    T, N, H, S, start = 128, 2, 16, 640, 512
+    q = jnp.asarray(rng.standard_normal((1, T, N, H)), jnp.float32)
+    k, v = (jnp.asarray(rng.standard_normal((2, 1, 1, S, H)), jnp.float32) for _ in range(2))
+    call = {
+        "q_start": jnp.int32(start), "prompt_len_B": jnp.array([S], jnp.int32), "rotary": Rotary(1e4, H, S),
+        "scale_B": jnp.full(1, 0.3),
+    }  # fmt: skip
+    budgets = LineBudgets.of([[Budget(S, S)] * N, [Budget(30, 100)] * N])
+    sparse = SparsePrefill(budgets, THRESHOLD, 64, bands=1.0)
+
+    @jax.jit
+    def run(layer: jax.Array, sparse: SparsePrefill) -> tuple[jax.Array, jax.Array]:
+        got, want = (attend_prompts(q, k, v, rule, layer=layer, **call) for rule in (sparse, None))
+        return got, want
+
+    wide, dense = run(jnp.int32(0), sparse)
+    np.testing.assert_allclose(wide, dense, rtol=0, atol=1e-5)
+    narrow, dense = run(jnp.int32(1), sparse)
+    assert np.abs(narrow - dense).max() > 1e-3
+    assert np.isfinite(narrow).all()
+
+
 def test_a_row_of_a_mixed_batch_is_what_it_is_alone() -> None:
     """A short prompt beside a long one keeps dense attention to the bit; the long one is sparse."""
     rng = np.random.default_rng(1)
@@ -120,7 +146,7 @@ def test_a_row_of_a_mixed_batch_is_what_it_is_alone() -> None:
     [
         (None, None, True, True), (None, None, False, False), (None, False, True, False), (None, True, True, True),
         ("none", True, True, False), ("none", None, False, False), ("vertical-slash", False, True, True),
-        ("vertical-slash", None, True, True),
+        ("vertical-slash", None, True, True), ("bands", False, True, True), ("bands:0.25", None, True, True),
     ],
 )  # fmt: skip
 def test_when_it_is_on(
@@ -132,6 +158,7 @@ def test_when_it_is_on(
     assert (made is not None) == on
     if made is not None:
         assert (made.threshold, made.last_queries) == (THRESHOLD, 64)
+        assert made.bands == {"bands": 1.0, "bands:0.25": 0.25}.get(sparsity or "")
 
 
 def test_the_switch_is_read_from_config_json(tmp_path: Path) -> None:
@@ -142,8 +169,10 @@ def test_the_switch_is_read_from_config_json(tmp_path: Path) -> None:
 
 def test_what_is_refused(folder: Path, tmp_path: Path, dense: LLM) -> None:
     for sparsity, path, message in [
-        ("bands", folder, "sparsity='bands' is not built yet; there are vertical-slash and none"),
-        ("guessing", folder, "sparsity='guessing' is not one of vertical-slash, none"),
+        ("guessing", folder, "sparsity='guessing' is not one of vertical-slash, bands, bands:SHARE, none"),
+        ("bands:", folder, "sparsity='bands:': the share must be a number above 0, at most 1"),
+        ("bands:nan", folder, "the share must be a number above 0"),
+        ("bands", tmp_path, "no such|not a checkpoint|config.json"),
         ("vertical-slash", dense.model, "needs the sparse_attention_config.json of a folder"),
         ("vertical-slash", checkpoint(tmp_path / "without"), "sparsity='vertical-slash' needs .*, and there is none"),
         (None, checkpoint(tmp_path / "on", sparse_attention_enabled=True), "sparse_attention_enabled in config.json needs"),
