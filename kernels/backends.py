@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 
+from qwen_jax.kernels.tpu import why_not_tpu
+
 Backend = Callable[..., tuple[jax.Array, jax.Array]]
 
 
@@ -37,6 +39,17 @@ def on_gpu(module: str, function: str) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         if jax.default_backend() != "gpu":
             raise NotImplementedError(f"runs on NVIDIA GPUs, not on a {jax.default_backend()}")
+        return getattr(importlib.import_module(module), function)(*args, **kwargs)
+
+    return call
+
+
+def on_tpu(module: str, function: str) -> Callable[..., Any]:
+    """`function` of `module`, imported at the first call compiled for a TPU; any other is refused without the import."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if reason := why_not_tpu():
+            raise NotImplementedError(reason)
         return getattr(importlib.import_module(module), function)(*args, **kwargs)
 
     return call

@@ -9,12 +9,13 @@ from __future__ import annotations
 import jax
 
 from qwen_jax.kernels.attention import reference
-from qwen_jax.kernels.backends import Backend, dispatch, on_gpu
+from qwen_jax.kernels.backends import Backend, dispatch, on_gpu, on_tpu
 from qwen_jax.kernels.quantised import expanding
 from qwen_jax.rope import Rotary
 
 BACKENDS: dict[str, Backend] = {
     "mosaic_gpu": expanding(on_gpu("qwen_jax.kernels.attention.mosaic_gpu", "attend")),
+    "mosaic_tpu": expanding(on_tpu("qwen_jax.kernels.attention.mosaic_tpu", "attend")),
     "cudnn": expanding(on_gpu("qwen_jax.kernels.attention.cudnn", "attend")),
     "xla": expanding(reference.attend),
 }

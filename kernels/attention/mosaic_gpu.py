@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from qwen_jax.kernels.attention import reference
+from qwen_jax.kernels.attention.backward import with_reference_backward
 from qwen_jax.kernels.attention.hopper import Problem, Tiling, prefill
 from qwen_jax.kernels.attention.specs import tiling_for
 from qwen_jax.kernels.hopper import LOG2E, why_not_hopper
@@ -82,7 +81,7 @@ def problem_of(q_BTNH: jax.Array, k_LBKSH: jax.Array, rotary: Rotary) -> Problem
     return Problem(3 if rotary.dca else 1, B, -(-T // _ROW_TILE) * _ROW_TILE, N, K, S, H)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@with_reference_backward
 def _attend(
     static: tuple[Rotary, Tiling, Any],
     q_BTNH: jax.Array,
@@ -117,22 +116,3 @@ def _rotations(
     q = q_BTNH.astype(jnp.float32) * factor_B[:, None, None, None]
     q = jnp.concatenate([rotary.rotate_queries(q, i_T, stage).astype(q_BTNH.dtype) for stage in stages])
     return jnp.pad(q, ((0, 0), (0, queries - T), (0, 0), (0, 0)))
-
-
-def _forward(static: Any, q: jax.Array, k: jax.Array, v: jax.Array, scale: jax.Array, integers: Any) -> Any:
-    return _attend(static, q, k, v, scale, integers), (q, k, v, scale, integers)
-
-
-def _backward(static: Any, saved: Any, cotangents: Any) -> Any:
-    rotary = static[0]
-    *arrays, (layer, q_start, kv_len_B) = saved
-
-    def again(q: jax.Array, k: jax.Array, v: jax.Array, scale: jax.Array) -> Any:
-        return reference.attend(
-            q, k, v, layer=layer, q_start=q_start, kv_len_B=kv_len_B, rotary=rotary, scale_B=scale
-        )
-
-    return *jax.vjp(again, *arrays)[1](cotangents), None
-
-
-_attend.defvjp(_forward, _backward)

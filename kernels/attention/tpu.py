@@ -1,0 +1,138 @@
+"""The TPU prefill kernel, in Pallas Mosaic TPU: a grid of query tiles, each of which walks its key tiles (`tpu_walk`).
+
+Dual chunk attention costs a comparison a tile: the three rotations of a query tile lie in VMEM together, and every key tile
+picks one by its place. Tiles above the diagonal are not visited; K and V are copied from the cache where they lie.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import tpu as pltpu
+
+from qwen_jax.kernels.tpu import SUBLANES_BF16
+from qwen_jax.kernels.tpu_walk import Scratch, Walk, WalkShape
+
+_VMEM_LIMIT = 48 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """What can be tuned.
+
+    Attributes:
+        block_q: most rows of a query tile: tokens times the query heads of one KV head that are taken together.
+        block_kv: keys a tile.
+        block_compute: keys of which scores are held at once; block_kv is an even multiple of it.
+    """
+
+    block_q: int = 1024
+    block_kv: int = 1024
+    block_compute: int = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The shapes of a call, with queries laid out in bundles: `bundles` of `together` query heads of one KV head each.
+
+    A bundle's rows come tile by tile; a tile is `tokens` positions of one head after another.
+    """
+
+    versions: int
+    batch: int
+    bundles: int
+    together: int
+    tiles: int
+    tokens: int
+    kv_heads: int
+    capacity: int
+    head_dim: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of a query tile."""
+        return self.together * self.tokens
+
+
+def prefill(
+    problem: Problem, tiling: Tiling, dtype: Any, interpret: Any = None
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """The kernel of these shapes: (where, kv_len, q, k, v) -> (out, lse [B, X, 1, R]).
+
+    where: int32[4], (layer, q_start, first SUCC key, first INTRA key). kv_len: int32[B]. q: [versions, B, X bundles,
+    R rows, H], versions in key order, scaled so that q . k is a base-2 exponent; out: the same without versions.
+    k, v: [L, B, K, S, H]. lse is natural.
+    """
+    B, X, H, S = problem.batch, problem.bundles, problem.head_dim, problem.capacity
+    R, R_all, block_kv = problem.rows, problem.tiles * problem.rows, tiling.block_kv
+    shape = WalkShape(R, block_kv, tiling.block_compute, H)
+
+    def kernel(
+        where_ref: Any, kv_len_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, out_ref: Any, lse_ref: Any, *scratch: Any
+    ) -> None:  # fmt: skip
+        b, x = pl.program_id(0), pl.program_id(1)
+        first = where_ref[1] + pl.program_id(2) * problem.tokens
+        kv_len = jnp.minimum(kv_len_ref[b], S)
+        succ, intra = lax.div(where_ref[2], block_kv), lax.div(where_ref[3], block_kv)
+        row = lax.broadcasted_iota(jnp.int32, (1, R), 1)
+        last_seen = jnp.minimum(first + lax.rem(row, problem.tokens), kv_len - 1)
+        at = where_ref[0], b, lax.div(x, problem.bundles // problem.kv_heads)
+
+        def start(n: jax.Array) -> jax.Array:
+            # The last tile may overhang the cache: it is copied from further left.
+            return pl.multiple_of(jnp.minimum(n * block_kv, S - block_kv), SUBLANES_BF16)
+
+        def copy(n: jax.Array, keys: bool, destination: Any, semaphore: Any) -> Any:
+            source = (k_ref if keys else v_ref).at[(*at, pl.ds(start(n), block_kv))]
+            return pltpu.make_async_copy(source, destination, semaphore)
+
+        def queries(n: jax.Array) -> jax.Array:
+            if problem.versions == 1:
+                return q_ref[0, 0, 0]
+            return q_ref[jnp.where(n < succ, 0, jnp.where(n < intra, 1, 2)), 0, 0]
+
+        def visible(n: jax.Array, begin: int) -> jax.Array:
+            key = lax.broadcasted_iota(jnp.int32, (tiling.block_compute, R), 0)
+            seen = key <= last_seen - (start(n) + begin)
+            if S % block_kv:
+                seen &= key >= n * block_kv - (start(n) + begin)
+            return seen
+
+        walk = Walk(shape, Scratch(*scratch), copy, queries, visible)
+        seen = jnp.minimum(first + problem.tokens, kv_len)
+        walk(lax.div(seen + (block_kv - 1), block_kv), lax.div(jnp.minimum(first + 1, kv_len), block_kv))
+        out_ref[0, 0] = walk.normalised().astype(dtype)
+        lse_ref[0, 0] = walk.natural_lse()
+
+    return pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(B, X, problem.tiles),
+            in_specs=[
+                pl.BlockSpec((problem.versions, 1, 1, R, H), lambda b, x, t, *_: (0, b, x, t, 0)),
+                pl.BlockSpec(memory_space=pl.ANY),
+                pl.BlockSpec(memory_space=pl.ANY),
+            ],
+            out_specs=[
+                pl.BlockSpec((1, 1, R, H), lambda b, x, t, *_: (b, x, t, 0)),
+                pl.BlockSpec((1, 1, 1, R), lambda b, x, t, *_: (b, x, 0, t)),
+            ],
+            scratch_shapes=shape.scratch(dtype),
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct((B, X, R_all, H), dtype),
+            jax.ShapeDtypeStruct((B, X, 1, R_all), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM_LIMIT
+        ),
+        name="prefill_attention",
+        interpret=interpret or False,
+    )

@@ -1,0 +1,191 @@
+"""Flash attention over a list of key tiles, in Pallas Mosaic TPU: one query tile, one running softmax.
+
+Scores stand keys x rows. Then maximum and sum run over sublanes (a vector operation an element, where lanes would need the
+transpose unit), a row's numbers are lanes of one vector, and the weights P enter the second product as its stationary
+operand: contraction over keys and columns of queries both fill a 256-wide matrix unit, where the values' head of 128 would
+fill half of it.
+
+The walk is a pipeline of two steps in every basic block: scores and maximum of the next sub-block of keys, beside softmax
+and second product of the one before. Neither waits for the other, so the compiler interleaves the matrix unit's work with the
+vector units'. Scores cross from one step to the next in two scratch buffers, which take turns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import tpu as pltpu
+
+from qwen_jax.kernels.tpu import LN2, MASKED, NOTHING_YET
+
+_KEY_SLOTS = (
+    3  # the tile whose scores are used up, the one whose scores are begun, the one that is being copied
+)
+_VALUE_SLOTS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class WalkShape:
+    """Static sizes of a walk: `rows` of the query tile, `block_kv` keys a tile in sub-blocks of `block_compute`."""
+
+    rows: int
+    block_kv: int
+    block_compute: int
+    head_dim: int
+
+    @property
+    def subs(self) -> int:
+        """Sub-blocks of a key tile; even, so that each has its buffer of scores."""
+        return self.block_kv // self.block_compute
+
+    def scratch(self, dtype: Any) -> list[Any]:
+        """What `Scratch` takes, in its order."""
+        tile, scores = (self.block_kv, self.head_dim), (self.block_compute, self.rows)
+        return [
+            pltpu.VMEM((_KEY_SLOTS, *tile), dtype),
+            pltpu.VMEM((_VALUE_SLOTS, *tile), dtype),
+            pltpu.VMEM(scores, jnp.float32),
+            pltpu.VMEM(scores, jnp.float32),
+            pltpu.VMEM((self.head_dim, self.rows), jnp.float32),
+            pltpu.VMEM((1, self.rows), jnp.float32),
+            pltpu.VMEM((1, self.rows), jnp.float32),
+            pltpu.SemaphoreType.DMA((_KEY_SLOTS,)),
+            pltpu.SemaphoreType.DMA((_VALUE_SLOTS,)),
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scratch:
+    """References to a walk's scratch: rings of tiles, two buffers of scores [keys, rows], the running softmax."""
+
+    k: Any
+    v: Any
+    scores_0: Any
+    scores_1: Any
+    out: Any  # float32[H, rows]
+    peak: Any  # float32[1, rows]
+    total: Any  # float32[1, rows]
+    k_arrived: Any
+    v_arrived: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """One query tile against key tiles 0 .. n - 1.
+
+    Attributes:
+        shape: static sizes.
+        scratch: of this walk.
+        copy: copy(n, keys, destination, semaphore) -> the copy of tile n's keys (or values), not started.
+        queries: queries(n) -> [rows, H], scaled so that scores are exponents of base 2, as tile n's keys see them.
+        visible: visible(n, first) -> bool [block_compute, rows], which of the keys [first, first + block_compute) of tile n
+            which row sees.
+    """
+
+    shape: WalkShape
+    scratch: Scratch
+    copy: Callable[[jax.Array, bool, Any, Any], Any]
+    queries: Callable[[jax.Array], jax.Array]
+    visible: Callable[[jax.Array, int], jax.Array]
+
+    def __call__(self, tiles: jax.Array, unmasked: jax.Array) -> None:
+        """Leaves the softmax over tiles [0, tiles) in the scratch; the first `unmasked` of them are seen whole by every row."""
+        s = self.scratch
+        s.peak[...] = jnp.full_like(s.peak, NOTHING_YET)
+        s.total[...] = jnp.zeros_like(s.total)
+        s.out[...] = jnp.zeros_like(s.out)
+
+        @pl.when(tiles > 0)
+        def _() -> None:
+            self._keys(jnp.int32(0)).start()
+            self._values(jnp.int32(0)).start()
+
+            @pl.when(tiles > 1)
+            def _() -> None:
+                self._keys(jnp.int32(1)).start()
+
+            self._keys(jnp.int32(0)).wait()
+            peak = self._score(jnp.int32(0), 0, masked=True)
+            # A visit scores the beginning of the next tile: the last unmasked tile is visited with masks.
+            plain = jnp.clip(unmasked - 1, 0, tiles - 1)
+            peak = lax.fori_loop(0, plain, functools.partial(self._visit, tiles, False), peak)
+            peak = lax.fori_loop(plain, tiles - 1, functools.partial(self._visit, tiles, True), peak)
+            self._values(tiles - 1).wait()
+            self._sub_blocks(tiles - 1, peak, masked=True, last=True)
+
+    def natural_lse(self) -> jax.Array:
+        """float32[1, rows] of the walk that has ended; -inf for a row that saw no key."""
+        s = self.scratch
+        return (s.peak[...] + jnp.log2(s.total[...])) * LN2
+
+    def normalised(self) -> jax.Array:
+        """Output float32[rows, H] of the walk that has ended; 0 for a row that saw no key."""
+        total = self.scratch.total[...]
+        return (self.scratch.out[...] / jnp.where(total == 0, 1.0, total)).T
+
+    def _visit(self, tiles: jax.Array, masked: bool, n: jax.Array, peak: jax.Array) -> jax.Array:
+        """Tile n, which is not the last. `peak`: the maximum of its first sub-block's scores, [1, rows]; returns the next's."""
+        self._keys(n + 1).wait()
+        self._values(n).wait()
+
+        @pl.when(n + 2 < tiles)
+        def _() -> None:
+            self._keys(n + 2).start()
+
+        self._values(n + 1).start()
+        return self._sub_blocks(n, peak, masked=masked, last=False)
+
+    def _sub_blocks(self, n: jax.Array, peak: jax.Array, *, masked: bool, last: bool) -> jax.Array:
+        for i in range(self.shape.subs):
+            if i + 1 < self.shape.subs:
+                coming = self._score(n, i + 1, masked=masked)
+            elif not last:
+                coming = self._score(n + 1, 0, masked=masked)
+            self._add(n, i, peak)
+            peak = coming
+        return peak
+
+    def _score(self, n: jax.Array, i: int, *, masked: bool) -> jax.Array:
+        """Scores of sub-block i of tile n into its buffer; returns their maximum by row, [1, rows]."""
+        width = self.shape.block_compute
+        k_SH = self.scratch.k[lax.rem(n, _KEY_SLOTS), pl.ds(i * width, width)]
+        s_SR = _product(k_SH, self.queries(n), 1, 1)
+        if masked:
+            s_SR = jnp.where(self.visible(n, i * width), s_SR, MASKED)
+        self._buffer(i)[...] = s_SR
+        return s_SR.max(axis=0, keepdims=True)
+
+    def _add(self, n: jax.Array, i: int, peak: jax.Array) -> None:
+        """Sub-block i of tile n, whose scores have this maximum, into the running softmax."""
+        s, width = self.scratch, self.shape.block_compute
+        old = s.peak[...]
+        new = jnp.maximum(old, peak)
+        shrink = jnp.exp2(old - new)
+        p_SR = jnp.exp2(self._buffer(i)[...] - new)
+        v_SH = s.v[lax.rem(n, _VALUE_SLOTS), pl.ds(i * width, width)]
+        s.peak[...] = new
+        s.total[...] = s.total[...] * shrink + p_SR.sum(axis=0, keepdims=True)
+        s.out[...] = s.out[...] * shrink + _product(v_SH, p_SR.astype(v_SH.dtype), 0, 0)
+
+    def _buffer(self, i: int) -> Any:
+        return self.scratch.scores_1 if i % 2 else self.scratch.scores_0
+
+    def _keys(self, n: jax.Array) -> Any:
+        slot = lax.rem(n, _KEY_SLOTS)
+        return self.copy(n, True, self.scratch.k.at[slot], self.scratch.k_arrived.at[slot])
+
+    def _values(self, n: jax.Array) -> Any:
+        slot = lax.rem(n, _VALUE_SLOTS)
+        return self.copy(n, False, self.scratch.v.at[slot], self.scratch.v_arrived.at[slot])
+
+
+def _product(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
+    """Matrix product over these axes, accumulated in float32."""
+    return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=jnp.float32)

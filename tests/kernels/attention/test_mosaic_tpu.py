@@ -1,0 +1,150 @@
+"""The TPU kernel without a TPU: numerics under jax's TPU interpreter, compilation by the TPU's compiler, refusals, layout."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from qwen_jax.config import DualChunk
+from qwen_jax.context import capacity_for
+from qwen_jax.kernels.attention import api, mosaic_tpu, tpu_specs
+from qwen_jax.kernels.attention.tpu import Tiling
+from qwen_jax.rope import Rotary
+from scripts import tpu_topology
+from tests.kernels.attention.suite import AttentionSuite, Case
+from tests.kernels.tpu_interpreter import INTERPRETER, races_found
+
+QWEN_1M = DualChunk(262_144, 8_192)
+
+
+class Interpreted(AttentionSuite):
+    """The suite's check on the interpreter, which takes seconds a call: only the tests below run it."""
+
+    backend = "mosaic_tpu"
+    dtype = jnp.bfloat16
+    tolerance = 1e-2
+    head_dim = 64
+    unit = 32  # s is 128 tokens, and the cache, 528, no multiple of the key tile
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Interpreted]:
+    """Small tiles, so that a call has several; whatever reads memory that nobody wrote gets NaN."""
+    attend = functools.partial(mosaic_tpu.attend, interpret=INTERPRETER, tiling=Tiling(128, 128, 64))
+    monkeypatch.setitem(api.BACKENDS, "mosaic_tpu", attend)
+    jax.clear_caches()
+    yield Interpreted()
+    assert not races_found()
+
+
+def test_rows_of_different_lengths_across_every_stage(interpreted: Interpreted) -> None:
+    n, s = interpreted.unit, interpreted.s
+    start = 2 * s + n
+    interpreted.check(Case(start, 2 * n, (start + 2 * n, s + 5, 0), 2, 1), interpreted.dca)
+
+
+def test_ragged_queries_at_the_end_of_a_cache_that_tiles_do_not_divide(interpreted: Interpreted) -> None:
+    interpreted.check(Case(512, 16, (528,), 2, 1), None)
+
+
+def test_several_query_tiles_at_an_offset_off_the_tile(interpreted: Interpreted) -> None:
+    interpreted.check(Case(37, 150, (180,), 2, 2), None)
+
+
+def test_heads_that_share_keys_walk_them_together(interpreted: Interpreted) -> None:
+    problem = mosaic_tpu.problem_of(
+        jnp.zeros((1, 100, 28, 128)), jnp.zeros((1, 1, 4, 2048, 128)), Rotary(1e7, 128, 2048), Tiling()
+    )
+    assert (problem.tokens, problem.together, problem.rows, problem.tiles) == (128, 7, 896, 1)
+    mosaic = functools.partial(mosaic_tpu.attend, interpret=INTERPRETER, tiling=Tiling(1024, 128, 64))
+    api.BACKENDS["mosaic_tpu"] = mosaic
+    interpreted.check(Case(37, 19, (56,), 7, 1), None)
+
+
+needs_compiler = pytest.mark.skipif(
+    tpu_topology.why_no_compiler() is not None, reason=tpu_topology.why_no_compiler() or ""
+)
+
+
+def compile_prefill(
+    generation: str, T: int, S: int, heads: tuple[int, int], head_dim: int, dca: DualChunk | None
+) -> Any:
+    N, K = heads
+    rotary = Rotary(1e7, head_dim, 1 << 20, dca=dca)
+    cache = jax.ShapeDtypeStruct((2, 1, K, S, head_dim), jnp.bfloat16)
+
+    def call(q: Any, k: Any, v: Any, layer: Any, start: Any, length: Any, scale: Any) -> Any:
+        return api.attend(q, k, v, layer=layer, q_start=start, kv_len_B=length, rotary=rotary, scale_B=scale)
+
+    return tpu_topology.compile_for_one(
+        tpu_topology.SMALLEST[generation], call,
+        jax.ShapeDtypeStruct((1, T, N, head_dim), jnp.bfloat16), cache, cache,
+        jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32),
+        jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.float32),
+    )  # fmt: skip
+
+
+@needs_compiler
+@pytest.mark.parametrize("generation", ["v5e", "v6e"])
+def test_compiles_for_a_tpu_at_the_shapes_of_7b_and_a_million_tokens(generation: str) -> None:
+    S = capacity_for(1_010_000, 1_010_000)
+    text = compile_prefill(generation, 31_744, S, (28, 4), 128, QWEN_1M).as_text()
+    assert "tpu_custom_call" in text
+    caches = [line for line in text.splitlines() if f"= bf16[2,1,4,{S},128]" in line]
+    assert len(caches) == 2
+    assert all("parameter(" in line for line in caches)  # no copy of the cache, nor of a layer
+    assert f"= bf16[1,1,4,{S},128]" not in text
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("T", "S", "heads", "head_dim", "dca"),
+    [(333, 1024, (40, 8), 128, None), (128, 512, (14, 2), 64, DualChunk(320, 64))],
+)
+def test_compiles_for_a_tpu_at_small_shapes(
+    T: int, S: int, heads: tuple[int, int], head_dim: int, dca: DualChunk | None
+) -> None:
+    assert "tpu_custom_call" in compile_prefill("v5e", T, S, heads, head_dim, dca).as_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": jnp.float32}, "needs bfloat16"),
+        ({"head_dim": 80}, "head dimension of 64 or 128"),
+        ({"capacity": 100}, "multiple of 16"),
+        ({"dca": DualChunk(100, 10)}, "multiple of 32"),
+    ],
+)
+def test_refuses_what_it_cannot_do(change: dict[str, Any], reason: str) -> None:
+    call = {"dtype": jnp.bfloat16, "head_dim": 64, "capacity": 128, "dca": None} | change
+    cache = jnp.zeros((1, 1, 1, call["capacity"], call["head_dim"]), call["dtype"])
+    with pytest.raises(NotImplementedError, match=reason):
+        mosaic_tpu.attend(
+            jnp.zeros((1, 8, 1, call["head_dim"]), call["dtype"]), cache, cache,
+            layer=0, q_start=0, kv_len_B=jnp.ones(1, jnp.int32),
+            rotary=Rotary(1e4, call["head_dim"], 128, dca=call["dca"]), scale_B=jnp.ones(1), interpret=True,
+        )  # fmt: skip
+
+
+def test_refuses_on_a_cpu_and_says_so() -> None:
+    with pytest.raises(NotImplementedError, match="mosaic_tpu: runs on TPUs, not on a cpu"):
+        api.attend(
+            jnp.zeros((1, 8, 1, 64)), *[jnp.zeros((1, 1, 1, 16, 64))] * 2,
+            layer=0, q_start=0, kv_len_B=jnp.ones(1, jnp.int32), rotary=Rotary(1e4, 64, 128), scale_B=jnp.ones(1),
+            backend="mosaic_tpu",
+        )  # fmt: skip
+
+
+def test_sizes_give_tiles_that_divide_the_chunk_and_fit_the_cache() -> None:
+    for chunk_len in (None, 64, 96, 1024, 253_952):
+        for capacity in (64, 144, 4096):
+            tiling = tpu_specs.tiling_for(capacity, 128, chunk_len, "a device nobody tuned")
+            assert not chunk_len or chunk_len % tiling.block_kv == 0
+            assert tiling.block_kv <= capacity
+            assert tiling.block_kv // tiling.block_compute % 2 == 0
