@@ -55,6 +55,7 @@ class Walk:
         visible: (s [ROWS, keys], m [ROWS], tile index) -> s with -inf where a key is invisible, s being exponents less m;
             only used on masked tiles.
         scales: rings of one factor a key, for keys and for values (8-bit caches), or None.
+        first_visible: `visible` of the first tile, where that differs.
         interpret: under jax's GPU interpreter, which knows neither stores to an accumulator nor P in registers.
     """
 
@@ -66,6 +67,7 @@ class Walk:
     visible: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
     interpret: bool
     scales: tuple[Ring, Ring] | None = None
+    first_visible: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None
 
     def __call__(self, lo: jax.Array, full: jax.Array, hi: jax.Array, first: jax.Array) -> Softmax:
         """Tiles lo <= j < hi, at least one; those with lo < j < full need no mask. All int32 scalars.
@@ -103,7 +105,7 @@ class Walk:
         s = pl.run_scoped(product, plgpu.ACC((ROWS, keys), jnp.float32))
         self.keys.release(slot)
         zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
-        s = self.visible(self._scaled(s, 0, n), zero, j)
+        s = (self.first_visible or self.visible)(self._scaled(s, 0, n), zero, j)
         top = s.max(axis=1)
         m = jnp.where(top > -jnp.inf, top, 0.0)
         p = jnp.exp2(s - lax.broadcast_in_dim(m, s.shape, [0]))

@@ -38,9 +38,11 @@ def exact(
     rotary: Rotary,
     scale: float,
     key_factor_S: jax.Array | None = None,
+    keep_RNS: np.ndarray | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """float32 attention of R query rows at positions i_R over the rotated keys of one batch row: one softmax over all keys.
 
+    `keep_RNS` narrows the keys that each query row and head sees.
     Every stage's scores are computed in full and picked by key: nothing is shared with the kernels but the rotations.
     Returns (out [R, N, H], lse [R, N]).
     """
@@ -52,6 +54,7 @@ def exact(
         jnp.int32(kv_len),
         jnp.float32(scale),
         key_factor_S,
+        None if keep_RNS is None else jnp.asarray(keep_RNS),
         rotary,
     )
 
@@ -59,7 +62,7 @@ def exact(
 @jax.jit(static_argnames="rotary")
 def _exact(
     q_RNH: jax.Array, i_R: jax.Array, k_KSH: jax.Array, v_KSH: jax.Array, kv_len: jax.Array, scale: jax.Array,
-    key_factor_S: jax.Array | None, rotary: Rotary,
+    key_factor_S: jax.Array | None, keep_RNS: jax.Array | None, rotary: Rotary,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     R, N, H = q_RNH.shape
     K, S, _ = k_KSH.shape
@@ -69,8 +72,9 @@ def _exact(
     q_PRNH = jnp.stack([rotary.rotate_queries(q_RNH.astype(jnp.float32), i_R, stage) for stage in stages])
     seen_RS = (j_S <= i_R[:, None]) & (j_S < kv_len)
 
-    def head(group: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        q_PRGH, k_SH, v_SH = group
+    def head(group: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        q_PRGH, k_SH, v_SH, *keep = group
+        seen_RGS = seen_RS[:, None] & keep[0] if keep else seen_RS[:, None]
         s_PRGS = jnp.einsum(
             "PRGH,SH->PRGS", q_PRGH, k_SH.astype(jnp.float32), precision=lax.Precision.HIGHEST
         )
@@ -79,15 +83,16 @@ def _exact(
             far = apart_RS == 1 if stage is Stage.SUCC else apart_RS >= 2
             s = jnp.where(far[:, None], s_PRGS[stage], s)
         s = s * scale if key_factor_S is None else s * scale * key_factor_S
-        s = jnp.where(seen_RS[:, None], s, -jnp.inf)
+        s = jnp.where(seen_RGS, s, -jnp.inf)
         peak = s.max(-1, keepdims=True)
-        p = jnp.where(seen_RS[:, None], jnp.exp(s - jnp.where(jnp.isneginf(peak), 0.0, peak)), 0.0)
+        p = jnp.where(seen_RGS, jnp.exp(s - jnp.where(jnp.isneginf(peak), 0.0, peak)), 0.0)
         total = p.sum(-1)
         out = jnp.einsum("RGS,SH->RGH", p, v_SH.astype(jnp.float32), precision=lax.Precision.HIGHEST)
         return out / jnp.where(total > 0, total, 1.0)[..., None], peak[..., 0] + jnp.log(total)
 
     q_KPRGH = jnp.moveaxis(q_PRNH.reshape(len(stages), R, K, N // K, H), 2, 0)
-    out_KRGH, lse_KRG = lax.map(head, (q_KPRGH, k_KSH, v_KSH))
+    keep = () if keep_RNS is None else (jnp.moveaxis(keep_RNS.reshape(R, K, N // K, S), 1, 0),)
+    out_KRGH, lse_KRG = lax.map(head, (q_KPRGH, k_KSH, v_KSH, *keep))
     return jnp.moveaxis(out_KRGH, 0, 1).reshape(R, N, H), jnp.moveaxis(lse_KRG, 0, 1).reshape(R, N)
 
 

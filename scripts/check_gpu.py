@@ -21,6 +21,9 @@ from qwen_jax.config import DualChunk
 from qwen_jax.kernels.attention.api import BACKENDS as PREFILL
 from qwen_jax.kernels.decode_attention.api import BACKENDS as DECODE
 from qwen_jax.kernels.quantised import quantise
+from qwen_jax.kernels.sparse_attention.api import BACKENDS as SPARSE
+from qwen_jax.kernels.sparse_attention.bands import tile_distances
+from qwen_jax.kernels.sparse_attention.computed import computed_keys
 from qwen_jax.rope import temperature
 
 TOLERANCE = 1e-2
@@ -46,6 +49,22 @@ PREFILL_CASES: dict[str, tuple[Any, ...]] = {
     "in the fourth chunk": (1, 512, 4, 2, 128, 4 * S, 3 * S + 256, [3 * S + 768], SMALL),
     "fourth chunk, head 64, G = 5": (2, 256, 10, 2, 64, 4 * S, 3 * S + 256, [3 * S + 512, 2 * S + 5], SMALL),
     "many items": (2, 2048, 28, 4, 128, 8192, 2 * 2048, [6144, 5000], LARGE),
+}  # fmt: skip
+
+# name: as PREFILL_CASES, then the largest number of columns and of bands a head
+SPARSE_CASES: dict[str, tuple[Any, ...]] = {
+    "causal square": (1, 1024, 4, 2, 128, 1024, 0, [1024], None, 60, 4),
+    "head 64, many columns": (1, 512, 4, 2, 64, 4096, 3072, [3584], None, 900, 6),
+    "G = 7, ragged queries": (1, 333, 28, 4, 128, 4096, 2048, [2381], None, 300, 10),
+    "first chunk": (1, S, 4, 2, 128, 4 * S, 0, [S], SMALL, 200, 5),
+    "second chunk": (1, S // 2, 4, 2, 128, 4 * S, S, [S + S // 2], SMALL, 200, 8),
+    "third chunk": (1, S, 8, 2, 128, 4 * S, 2 * S, [3 * S - 5], SMALL, 500, 12),
+    "fourth chunk, off its start": (2, 512, 10, 2, 64, 4 * S, 3 * S + 256, [3 * S + 512, 2 * S + 5], SMALL, 700, 20),
+    "ragged batch": (3, 256, 8, 4, 128, 2048, 1024, [1280, 1100, 3], SMALL, 100, 6),
+    "off the tile": (2, 333, 14, 2, 128, 4 * S, 3 * S + 77, [3 * S + 410, 3 * S + 300], SMALL, 300, 20),
+    "capacity off the tile": (1, 256, 4, 2, 128, 1272, 1024, [1270], SMALL, 100, 6),
+    "a row that sees nothing": (2, 256, 4, 2, 128, 512, 0, [0, 256], None, 30, 2),
+    "many items": (2, 2048, 28, 4, 128, 8192, 2 * 2048, [6144, 5000], LARGE, 1000, 20),
 }  # fmt: skip
 
 # name: (heads, kv heads, head dim, capacity, positions, prompt lengths, dual chunk)
@@ -108,6 +127,64 @@ def check_prefill(backend: str, case: tuple[Any, ...], seed: int) -> tuple[float
             worst_lse, float(np.abs(got_lse[~empty] - np.asarray(want_lse)[~empty]).max(initial=0.0))
         )
     return worst_out, worst_lse, empty_right
+
+
+def check_sparse(backend: str, case: tuple[Any, ...], seed: int) -> tuple[float, float, bool]:
+    """Like `check_prefill`, of the real queries, against the keys of the contract."""
+    B, T, N, K, H, capacity, q_start, kv_len, dca, most_columns, most_bands = case
+    rotary = tools.rotary(H, dca)
+    layers, layer, scale = 2, 1, 1.3 * H**-0.5
+    q = tools.random(seed, (B, T, N, H))
+    k, v = (tools.random(seed + n, (layers, B, K, capacity, H)) for n in (1, 2))
+    end = min(capacity, -(-(q_start + T) // 512) * 512)
+    k, v = (x.at[:, :, :, end:].set(jnp.nan).at[0].set(jnp.nan) for x in (k, v))
+    columns, bands = random_lines(
+        np.random.default_rng(seed), (B, N), capacity, q_start + T, most_columns, most_bands
+    )
+
+    @jax.jit
+    def run(*arguments: Any) -> Any:
+        q, k, v, columns, bands, layer, q_start, kv_len, scale = arguments
+        return SPARSE[backend](
+            q, k, v, columns_BNS=columns, bands_BNM=bands, most_columns=most_columns, layer=layer,
+            q_start=q_start, kv_len_B=kv_len, rotary=rotary, scale_B=scale,
+        )  # fmt: skip
+
+    out, lse = run(
+        q, k, v, columns, bands, jnp.int32(layer), jnp.int32(q_start), jnp.array(kv_len, jnp.int32),
+        jnp.full(B, scale, jnp.float32),
+    )  # fmt: skip
+    worst_out, worst_lse, finite = 0.0, 0.0, bool(jnp.isfinite(out).all()) and not bool(jnp.isnan(lse).any())
+    for b in range(B):
+        rows = np.unique(np.linspace(0, T - 1, min(T, 256)).astype(int))
+        rows = rows[q_start + rows < kv_len[b]]
+        if not len(rows):
+            continue
+        keep = np.stack(
+            [computed_keys(columns[b, n, :end], bands[b, n], q_start + rows) for n in range(N)], axis=1
+        )
+        want, want_lse = tools.exact(
+            q[b, rows], q_start + rows, k[layer, b, :, :end], v[layer, b, :, :end],
+            kv_len=kv_len[b], rotary=rotary, scale=scale, keep_RNS=keep,
+        )  # fmt: skip
+        worst_out = max(worst_out, tools.worst_row_error(out[b, rows], want))
+        worst_lse = max(worst_lse, float(np.abs(np.asarray(lse[b, rows]) - np.asarray(want_lse)).max()))
+    return worst_out, worst_lse, finite
+
+
+def random_lines(
+    rng: np.random.Generator, heads: tuple[int, int], capacity: int, end: int, columns: int, bands: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """bool[B, N, S] columns before `end` and bool[B, N, M] bands: none in the first head, as many as allowed in the last."""
+    found = np.zeros((*heads, capacity), bool), np.zeros((*heads, tile_distances(capacity)), bool)
+    for lines, most, places in zip(
+        found, (columns, bands), (min(end, capacity), tile_distances(end)), strict=True
+    ):
+        counts = rng.integers(0, min(most, places), heads)
+        counts[:, 0], counts[:, -1] = 0, min(most, places)
+        for b, n in np.ndindex(heads):
+            lines[b, n, rng.choice(places, counts[b, n], replace=False)] = True
+    return found
 
 
 def check_decode(backend: str, case: tuple[Any, ...], seed: int) -> tuple[float, float, bool]:
@@ -193,16 +270,19 @@ def main() -> int:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--backends", default="mosaic_gpu,cudnn", help="comma separated")
-    parser.add_argument("--only", default="", help="cases whose name contains one of these, comma separated")
+    parser.add_argument(
+        "--only", default="", help="cases whose kind and name contain one of these, comma separated"
+    )
     arguments = parser.parse_args()
     failures = 0
     for kind, cases, backends, check in (
         ("prefill", PREFILL_CASES, PREFILL, check_prefill),
+        ("sparse", SPARSE_CASES, SPARSE, check_sparse),
         ("decode", DECODE_CASES, DECODE, check_decode),
     ):
         for backend in arguments.backends.split(","):
             for name, case in cases.items() if backend in backends else ():
-                if not any(part in name for part in arguments.only.split(",")):
+                if not any(part in f"{kind} {name}" for part in arguments.only.split(",")):
                     continue
                 try:
                     error, lse_error, empty_right = check(backend, case, arguments.seed)

@@ -13,7 +13,7 @@ from qwen_jax.kernels.attention.specs import tiling_for
 from qwen_jax.kernels.hopper import LOG2E, why_not_hopper
 from qwen_jax.rope import Rotary, Stage
 
-_ROW_TILE = 8  # TMA with swizzled tiles moves rows in eights
+ROW_TILE = 8  # TMA with swizzled tiles moves rows in eights
 
 
 def attend(
@@ -67,8 +67,8 @@ def refusal(q_BTNH: jax.Array, k_LBKSH: jax.Array, v_LBKSH: jax.Array, rotary: R
         )
     if head_dim not in (64, 128):
         return f"needs a head dimension of 64 or 128, got {head_dim}"
-    if capacity % _ROW_TILE:
-        return f"needs a cache capacity that is a multiple of {_ROW_TILE}, got {capacity}"
+    if capacity % ROW_TILE:
+        return f"needs a cache capacity that is a multiple of {ROW_TILE}, got {capacity}"
     if rotary.chunk_len and rotary.chunk_len % 64:
         return f"needs a dual chunk length that is a multiple of 64, got {rotary.chunk_len}"
     return None
@@ -78,7 +78,7 @@ def problem_of(q_BTNH: jax.Array, k_LBKSH: jax.Array, rotary: Rotary) -> Problem
     """The kernel's problem of a call; queries rounded up to what TMA can move."""
     B, T, N, H = q_BTNH.shape
     _, _, K, S, _ = k_LBKSH.shape
-    return Problem(3 if rotary.dca else 1, B, -(-T // _ROW_TILE) * _ROW_TILE, N, K, S, H)
+    return Problem(3 if rotary.dca else 1, B, -(-T // ROW_TILE) * ROW_TILE, N, K, S, H)
 
 
 @with_reference_backward
@@ -99,14 +99,14 @@ def _attend(
     out, lse_BNT = kernel(
         jnp.stack([layer, q_start, succ, intra]),
         kv_len_B,
-        _rotations(q_BTNH, q_start, scale_B.astype(jnp.float32) * LOG2E, rotary, problem.queries),
+        rotations(q_BTNH, q_start, scale_B.astype(jnp.float32) * LOG2E, rotary, problem.queries),
         k_LBKSH.reshape(-1, S, H),
         v_LBKSH.reshape(-1, S, H),
     )
     return out[:, :T], jnp.swapaxes(lse_BNT[..., :T], 1, 2)
 
 
-def _rotations(
+def rotations(
     q_BTNH: jax.Array, q_start: jax.Array, factor_B: jax.Array, rotary: Rotary, queries: int
 ) -> jax.Array:
     """The queries as each stage's keys see them, scaled, rounded once, stages in key order: [stages * B, queries, N, H]."""

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import jax
 
-from qwen_jax.kernels.backends import Backend, dispatch
+from qwen_jax.kernels.backends import Backend, dispatch, on_gpu
 from qwen_jax.kernels.sparse_attention import reference
 from qwen_jax.kernels.sparse_attention.bands import BAND
 from qwen_jax.rope import Rotary
 
-BACKENDS: dict[str, Backend] = {"xla": reference.attend_lines}
+BACKENDS: dict[str, Backend] = {
+    "mosaic_gpu": on_gpu("qwen_jax.kernels.sparse_attention.mosaic_gpu", "attend_lines"),
+    "xla": reference.attend_lines,
+}
 
 
 def attend_lines(
