@@ -43,9 +43,9 @@ class HfFolder(TensorSource):
     def name(self, param: Param, layer: int | None = None) -> str:
         return param.hf_name(layer)
 
-    def _read(self, param: Param, layer: int | None, box: Box) -> np.ndarray:
+    def _read(self, param: Param, layer: int | None, box: Box, out: np.ndarray | None) -> np.ndarray:
         info = self._infos[param.hf_name(layer)]
-        array = read_box(info, param.shape(self.config), box)
+        array = read_box(info, param.shape(self.config), box, out)
         self.bytes_read += array.nbytes
         return array
 

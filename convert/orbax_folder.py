@@ -121,7 +121,7 @@ class OrbaxFolder(TensorSource):
                 problems.append(f"{name} lacks some of its chunks")
         return problems
 
-    def _read(self, param: Param, layer: int | None, box: Box) -> np.ndarray:
+    def _read(self, param: Param, layer: int | None, box: Box, out: np.ndarray | None) -> np.ndarray:
         name, axis = leaf_name(param, layer), split_axis(param)
         stored = self._shapes[name]
         cover, trim = list(box), [slice(None)] * len(box)
@@ -139,7 +139,11 @@ class OrbaxFolder(TensorSource):
                 f"{self.folder / PARAMS}: {name} is damaged: {_first_line(error)}"
             ) from None
         self.bytes_read += array.nbytes
-        return array.reshape(_merged(array.shape, axis))[tuple(trim)]
+        array = array.reshape(_merged(array.shape, axis))[tuple(trim)]
+        if out is None:
+            return array
+        np.copyto(out, array)
+        return out
 
 
 def _open_leaf(kvstore: dict[str, Any], name: str, context: Any) -> Any:

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from qwen_jax.convert.parallel import cuts, in_parallel
 from qwen_jax.convert.source import DTYPES, Box, box_shape
 from qwen_jax.errors import CheckpointError
 
@@ -133,22 +134,27 @@ def byte_runs(shape: Sequence[int], itemsize: int, box: Box) -> Iterator[tuple[i
         yield tail + sum(i * stride for i, stride in zip(outer, strides, strict=False)), length
 
 
-def read_box(info: TensorInfo, shape: Sequence[int], box: Box) -> np.ndarray:
+def read_box(info: TensorInfo, shape: Sequence[int], box: Box, out: np.ndarray | None = None) -> np.ndarray:
     """Reads `box` of a tensor seen as `shape` (same bytes, other axes), touching only the bytes that hold it.
+
+    Args:
+        out: a C-ordered array of the box's shape and the tensor's dtype to fill and return; None: a fresh one.
 
     Raises:
         CheckpointError: the file ends early or cannot be read.
     """
     dtype = DTYPES[TAGS[info.tag]]
-    array = np.empty(box_shape(box), dtype)
+    array = np.empty(box_shape(box), dtype) if out is None else out
     target = memoryview(array.reshape(-1).view(np.uint8)) if array.size else memoryview(b"")
-    done = 0
     try:
         descriptor = os.open(info.file, os.O_RDONLY)
         try:
-            for offset, length in byte_runs(shape, dtype.itemsize, box):
-                _read_exactly(descriptor, target[done : done + length], info.start + offset)
-                done += length
+
+            def fill(pieces: list[tuple[int, int, int]]) -> None:
+                for begin, length, offset in pieces:
+                    _read_exactly(descriptor, target[begin : begin + length], info.start + offset)
+
+            in_parallel(fill, _shares(shape, dtype.itemsize, box))
         finally:
             os.close(descriptor)
     except EOFError:
@@ -156,6 +162,17 @@ def read_box(info: TensorInfo, shape: Sequence[int], box: Box) -> np.ndarray:
     except OSError as error:
         raise CheckpointError(f"{info.file} cannot be read: {error.strerror}") from None
     return array
+
+
+def _shares(shape: Sequence[int], itemsize: int, box: Box) -> list[list[tuple[int, int, int]]]:
+    """The byte runs of a box as (start in the box, length, offset), cut and grouped into pieces of work of some size."""
+    runs = [
+        (n * length, length, offset) for n, (offset, length) in enumerate(byte_runs(shape, itemsize, box))
+    ]
+    if len(runs) == 1:
+        ((_, length, offset),) = runs
+        return [[(start, stop - start, offset + start)] for start, stop in cuts(length)]
+    return [runs[start:stop] for start, stop in cuts(len(runs), runs[0][1])] if runs else []
 
 
 def _read_exactly(descriptor: int, target: memoryview, offset: int) -> None:

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from qwen_jax.config import ModelConfig
+from qwen_jax.convert.parallel import cuts, in_parallel
 from qwen_jax.errors import CheckpointError
 from qwen_jax.params import LAYERS, Param, params
 
@@ -23,7 +24,7 @@ DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
 }
 
-_BLOCK_ELEMENTS = 1 << 22  # how much of a tensor is looked at in one go: keeps temporaries to a few megabytes
+_BLOCK_BYTES = 1 << 20  # looked at twice in a row: the second time in the processor's cache
 _PROBLEMS_SHOWN = 5
 
 
@@ -48,11 +49,15 @@ class TensorSource(abc.ABC):
         """The tensor's name in this format, for messages."""
 
     @abc.abstractmethod
-    def _read(self, param: Param, layer: int | None, box: Box) -> np.ndarray:
+    def _read(self, param: Param, layer: int | None, box: Box, out: np.ndarray | None) -> np.ndarray:
         """Reads `box` of one tensor in the model's shape, adding what it took from disk to `bytes_read`."""
 
     def read(
-        self, param: Param, layer: int | None = None, index: tuple[slice, ...] | None = None
+        self,
+        param: Param,
+        layer: int | None = None,
+        index: tuple[slice, ...] | None = None,
+        out: np.ndarray | None = None,
     ) -> np.ndarray:
         """Reads one tensor, or the part of it that `index` selects, from the bytes that hold it and no
         others.
@@ -61,14 +66,15 @@ class TensorSource(abc.ABC):
             param: a row of `params(config)`.
             layer: which layer, for stacked rows; None for the others.
             index: one slice of step 1 per dimension of `param.shape(config)`; None for all of it.
+            out: a C-ordered array to fill, of the shape and dtype of the result.
 
         Returns:
-            A fresh writable array in `dtype`, in the model's shape (no layer axis).
+            `out`, or a fresh writable array in `dtype`, in the model's shape (no layer axis).
 
         Raises:
             CheckpointError: the bytes are not there, or hold NaN or infinity.
         """
-        array = self._read(param, layer, box_of(index, param.shape(self.config)))
+        array = self._read(param, layer, box_of(index, param.shape(self.config)), out)
         if magnitude(array) >= _infinity(self.dtype):
             raise CheckpointError(
                 f"{self.folder}: tensor {self.name(param, layer)} holds NaN or infinity: "
@@ -143,10 +149,20 @@ def in_groups(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
 
 def magnitude(array: np.ndarray) -> int:
     """Bit pattern of the largest absolute value: patterns order as the values do, infinity and NaN last."""
-    bits = array.reshape(-1).view(np.dtype(f"u{array.itemsize}"))
-    mask = bits.dtype.type((1 << (8 * array.itemsize - 1)) - 1)
-    blocks = range(0, bits.size, _BLOCK_ELEMENTS)
-    return max((int((bits[i : i + _BLOCK_ELEMENTS] & mask).max()) for i in blocks), default=0)
+    sign = 1 << (8 * array.itemsize - 1)
+    flat = array.reshape(-1)
+    unsigned, signed = (flat.view(np.dtype(f"{kind}{array.itemsize}")) for kind in "ui")
+
+    def largest(bounds: tuple[int, int]) -> int:
+        # The largest pattern as an unsigned number is that of the largest negative value, if there is one.
+        step, found = _BLOCK_BYTES // array.itemsize, 0
+        for start in range(*bounds, step):
+            block = slice(start, min(start + step, bounds[1]))
+            negative = int(unsigned[block].max())
+            found = max(found, int(signed[block].max()), negative - sign)
+        return found
+
+    return max(in_parallel(largest, cuts(flat.size, array.itemsize)), default=0)
 
 
 def _infinity(dtype: np.dtype) -> int:

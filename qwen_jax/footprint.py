@@ -51,17 +51,13 @@ class Footprint:
         """Bytes of one number of what is computed with: the weights' dtype, the config's when they have 8 bits."""
         return DTYPE_BYTES[self.weight_dtype if DTYPE_BYTES[self.weight_dtype] > 1 else self.config.dtype]
 
-    def is_layer_matrix(self, param: Param) -> bool:
-        """Whether it is what the layers multiply with: not a bias, a norm, the embedding or the output head."""
-        return param.stacked and len(param.hf_shape(self.config)) == 2
-
     def bytes_of(self, param: Param) -> int:
         """Bytes of one parameter on one device, all layers."""
         shape = param.hf_shape(self.config)
         split = self.mesh[TENSOR] if ShardingRules().tensor_axis(param.letters) is not None else 1
         copies = self.config.num_layers if param.stacked else 1
         # 8 bits are for the layers' matrices, whose outputs have a scale each.
-        if DTYPE_BYTES[self.weight_dtype] == 1 and self.is_layer_matrix(param):
+        if DTYPE_BYTES[self.weight_dtype] == 1 and param.is_layer_matrix:
             size = math.prod(shape) + shape[0] * _SCALE_BYTES
         else:
             size = math.prod(shape) * self.element
@@ -103,7 +99,7 @@ class Footprint:
         """Floors of the linear layers and of causal attention, for all rows of one device."""
         c, kind = self.config, self.devices.kind
         shared = self.mesh[CONTEXT] * self.mesh[TENSOR]
-        matrices = c.num_layers * sum(math.prod(p.shape(c)) for p in params(c) if self.is_layer_matrix(p))
+        matrices = c.num_layers * sum(math.prod(p.shape(c)) for p in params(c) if p.is_layer_matrix)
         linear = 2 * (matrices * self.context + c.vocab_size * c.hidden_size)
         pairs = self.context * (self.context + 1) / 2 * self.density
         attention = 4 * pairs * c.num_heads * c.head_dim * c.num_layers

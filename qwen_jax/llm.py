@@ -60,6 +60,7 @@ class LLM:
         dtype: DTypeLike | None = None,
         kv_dtype: DTypeLike | None = None,
         weight_dtype: str | None = None,
+        matmul: str | None = None,
         sparsity: str | None = None,
         mesh: Mesh | None = None,
         dca: DualChunk | Literal[False] | None = None,
@@ -73,9 +74,9 @@ class LLM:
             path_or_model: a Hugging Face folder, a converted folder, a hub id, or a loaded `Qwen2`.
             max_len: default: the config's max_position_embeddings.
             prefill_chunk: tokens of a prefill piece; default `prefill.default_chunk`.
-            dtype: of weights and activations; default: the checkpoint's. It and `dca` are for a path.
+            dtype: of weights and activations; default: the checkpoint's. It, `weight_dtype`, `matmul` and `dca` are for a path.
             kv_dtype: of the cache; default: that of the weights.
-            weight_dtype: not built yet, refused unless None.
+            weight_dtype, matmul: 8-bit weights and products, see `load`.
             sparsity: "vertical-slash": prompts above the config's sparse_attention_threshold (32,768 tokens unless it says
                 otherwise) are prefilled over the lines that the folder's sparse_attention_config.json allows each head;
                 "bands": over the columns and bands of most attention for as many computed pairs, "bands:0.5" for half as
@@ -89,10 +90,6 @@ class LLM:
         Raises:
             QwenJaxError: whatever `load` refuses; a setting that is not built; max_len beyond the model's positions.
         """
-        if weight_dtype is not None:
-            raise RequestError(
-                f"weight_dtype={weight_dtype!r} is not built yet; dtype= takes bfloat16, float16, float32"
-            )
         check_name(sparsity)
         if jax.process_count() > 1:
             raise RequestError("LLM runs in one process; several (jax.distributed) are not built yet")
@@ -105,14 +102,24 @@ class LLM:
         if batch_size < 1:
             raise RequestError(f"batch_size must be at least 1, got {batch_size}")
         if isinstance(path_or_model, Qwen2):
-            _check_loaded(path_or_model, dtype=dtype, dca=dca, mesh=mesh)
+            _check_loaded(
+                path_or_model, mesh=mesh, dtype=dtype, weight_dtype=weight_dtype, matmul=matmul, dca=dca
+            )
             self.model, self.tokenizer, self.defaults = path_or_model, tokenizer, GenerationDefaults()
             sparse = sparse_prefill(sparsity, None, self.model.config)
         else:
             folder = resolve(path_or_model)
             sparse = sparse_prefill(sparsity, folder, open_checkpoint(folder).config)
             with progress_bar("loading", show=progress, unit="bytes") as bar:
-                self.model = load(folder, dtype=dtype, mesh=mesh, dca=dca, progress=bar)
+                self.model = load(
+                    folder,
+                    dtype=dtype,
+                    mesh=mesh,
+                    dca=dca,
+                    weight_dtype=weight_dtype,
+                    matmul=matmul,
+                    progress=bar,
+                )
             self.defaults = GenerationDefaults.from_folder(folder)
             self.tokenizer = tokenizer
             if tokenizer is None and has_tokenizer(folder):
@@ -386,9 +393,9 @@ class LLM:
             )
 
 
-def _check_loaded(model: Qwen2, *, dtype: object, dca: object, mesh: Mesh | None) -> None:
+def _check_loaded(model: Qwen2, *, mesh: Mesh | None, **settings: object) -> None:
     """Refuses settings that would come too late for a loaded model."""
-    for name, value in (("dtype", dtype), ("dca", dca)):
+    for name, value in settings.items():
         if value is not None:
             raise RequestError(
                 f"{name}= comes too late for a loaded model: give it to `load`, or give LLM the path"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import abc
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +18,14 @@ from jax.typing import DTypeLike
 from qwen_jax.convert import Progress, TensorSource, open_checkpoint
 from qwen_jax.convert.source import DTYPES, Box, box_of, box_shape, magnitude, tensor_bytes
 from qwen_jax.errors import CheckpointError, QwenJaxError
+from qwen_jax.linear import quantise
 from qwen_jax.params import Param, params
 from qwen_jax.sharding import ShardingRules, full_mesh, shardings
 
 __all__ = ["load_params", "open_checkpoint"]
 
 _SMALL_STACK_BYTES = 64 << 20
+_ALIGNMENT = 64  # bytes; CPU devices take arrays so aligned as they are, without a copy
 
 
 def load_params(
@@ -28,24 +33,27 @@ def load_params(
     *,
     mesh: Mesh | None = None,
     dtype: DTypeLike | None = None,
+    weight_dtype: np.dtype | None = None,
     rules: ShardingRules | None = None,
     progress: Progress | None = None,
 ) -> dict[str, jax.Array]:
     """Loads every parameter onto the mesh, in the layout of the model.
 
-    Host memory holds at most two tensors of one layer; a process reads the bytes its devices own once,
-    however many of them hold a copy.
+    While one tensor travels to the devices the next one is read: host memory holds at most two tensors of one layer, beside
+    what CPU devices hold anyway. A process reads the bytes its devices own once, however many of them hold a copy.
 
     Args:
         source: from `open_checkpoint`.
         mesh: as `full_mesh` takes it.
         dtype: bfloat16, float16 or float32; None keeps the checkpoint's.
+        weight_dtype: int8 or float8_e4m3fn for the layers' matrices, rounded on the devices layer by layer: of the
+            unrounded ones a device holds one layer's matrix at a time. None: `dtype`.
         rules: which dimension is split over which mesh axis.
         progress: called with (bytes of tensors placed, bytes in all).
 
     Returns:
         Arrays by `Param.path`, of `Param.shape(config)`; stacked rows ("layers.*") have all layers in front:
-        [L, ...].
+        [L, ...]. The scales of 8-bit matrices, float32[L, *out], by `Param.scale_path`.
 
     Raises:
         CheckpointError: a tensor is damaged, holds NaN or infinity, or a value that `dtype` cannot hold.
@@ -54,37 +62,19 @@ def load_params(
     config = source.config
     target = source.dtype if dtype is None else _supported(dtype)
     placed = shardings(config, full_mesh(mesh), rules)
-    rows = params(config)
-    total = sum(tensor_bytes(source, p) * (config.num_layers if p.stacked else 1) for p in rows)
+    slots = [_slot(source, p, placed[p.path], target, weight_dtype) for p in params(config)]
+    steps = [(slot, layer) for slot in slots for layer in slot.layers]
+    total = sum(tensor_bytes(source, slot.param) for slot, _ in steps)
     done = 0
-
-    def advance(param: Param) -> None:
-        nonlocal done
-        done += tensor_bytes(source, param)
+    loaded: dict[str, jax.Array] = {}
+    reads = _one_ahead([functools.partial(slot.read, layer) for slot, layer in steps])
+    for (slot, layer), shards in zip(steps, reads, strict=True):
+        jax.block_until_ready(slot.put(layer, shards))  # its host copy can go, the next one is being read
+        if layer == slot.layers[-1]:
+            loaded |= slot.finish()
+        done += tensor_bytes(source, slot.param)
         if progress:
             progress(done, total)
-
-    loaded: dict[str, jax.Array] = {}
-    for param in rows:
-        read = functools.partial(_read_shards, source, param, target=target)
-        sharding = placed[param.path]
-        if not param.stacked:
-            loaded[param.path] = _cast(_place(read(None, sharding), sharding), target, sharding)
-            advance(param)
-            continue
-        layer_sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-        layers = (read(layer, layer_sharding) for layer in range(config.num_layers))
-        if tensor_bytes(source, param) * config.num_layers <= _SMALL_STACK_BYTES:
-            loaded[param.path] = _stack_on_host(layers, target, sharding, functools.partial(advance, param))
-        else:
-            shape = (config.num_layers, *param.shape(config))
-            stack = _zeros(shape, target, sharding)
-            for layer, shards in enumerate(layers):
-                array = _place(shards, layer_sharding)
-                stack.block_until_ready()  # the layer before is on the device: its host copy can go
-                stack = _write_layer(stack, array, np.int32(layer), sharding)
-                advance(param)
-            loaded[param.path] = stack
     return loaded
 
 
@@ -102,18 +92,170 @@ def _supported(dtype: DTypeLike) -> np.dtype:
 Shards = dict[jax.Device, np.ndarray]
 
 
-def _read_shards(
-    source: TensorSource, param: Param, layer: int | None, sharding: NamedSharding, *, target: np.dtype
-) -> Shards:
-    """What each device of this process holds of one tensor, in the checkpoint's dtype."""
-    shape = param.shape(source.config)
-    boxes = {
-        device: box_of(index, shape)
-        for device, index in sharding.addressable_devices_indices_map(shape).items()
-        if index is not None
-    }
-    parts = _read_parts(source, param, layer, sorted(set(boxes.values())), target)
-    return {device: parts[box] for device, box in boxes.items()}
+def _one_ahead(reads: Sequence[Callable[[], Shards]]) -> Iterator[Shards]:
+    """The results in order, each read while the caller works on the one before it."""
+    with ThreadPoolExecutor(1, thread_name_prefix="qwen-jax-ahead") as reader:
+        pending = reader.submit(reads[0])
+        for read in reads[1:]:
+            shards = pending.result()
+            pending = reader.submit(read)
+            yield shards
+        yield pending.result()
+
+
+class _Slot(abc.ABC):
+    """Takes one parameter, tensor by tensor."""
+
+    def __init__(self, source: TensorSource, param: Param, sharding: NamedSharding, target: np.dtype) -> None:
+        self.source, self.param, self.sharding, self.target = source, param, sharding, target
+        self.layers: Sequence[int | None] = range(source.config.num_layers) if param.stacked else [None]
+        self.tensor_sharding = (
+            NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:])) if param.stacked else sharding
+        )
+
+    @property
+    def boxes(self) -> dict[jax.Device, Box]:
+        """The part of a tensor that each device of this process holds."""
+        shape = self.param.shape(self.source.config)
+        indices = self.tensor_sharding.addressable_devices_indices_map(shape)
+        return {device: box_of(index, shape) for device, index in indices.items() if index is not None}
+
+    def read(self, layer: int | None) -> Shards:
+        """Reads what each device of this process holds of one tensor, in the checkpoint's dtype; runs in another thread."""
+        parts = self._read_parts(layer, sorted(set(self.boxes.values())))
+        return {device: parts[box] for device, box in self.boxes.items()}
+
+    @abc.abstractmethod
+    def put(self, layer: int | None, shards: Shards) -> object:
+        """Sends it on its way; what is returned is ready when the shards are needed no more."""
+
+    @abc.abstractmethod
+    def finish(self) -> dict[str, jax.Array]:
+        """The arrays of the parameter, by path."""
+
+    def _read_parts(self, layer: int | None, boxes: list[Box]) -> dict[Box, np.ndarray]:
+        """Reads distinct boxes of one tensor, in one go where together they fill a larger box."""
+        hull = tuple(
+            (min(start for start, _ in bounds), max(stop for _, stop in bounds))
+            for bounds in zip(*boxes, strict=True)
+        )
+        if math.prod(box_shape(hull)) != sum(math.prod(box_shape(box)) for box in boxes):
+            return {
+                box: self._read_box(layer, box, _empty(box_shape(box), self.source.dtype)) for box in boxes
+            }
+        whole = self._read_box(layer, hull, _empty(box_shape(hull), self.source.dtype))
+        return {
+            box: whole[tuple(slice(a - h, b - h) for (a, b), (h, _) in zip(box, hull, strict=True))]
+            for box in boxes
+        }
+
+    def _read_box(self, layer: int | None, box: Box, out: np.ndarray) -> np.ndarray:
+        source, target = self.source, self.target
+        array = source.read(self.param, layer, tuple(slice(*bounds) for bounds in box), out)
+        if target != source.dtype and magnitude(array) >= _overflow(source.dtype, target):
+            raise CheckpointError(
+                f"{source.folder}: tensor {source.name(self.param, layer)} holds values that "
+                f"{target.name} cannot: use bfloat16 or float32"
+            )
+        return array
+
+
+class _Single(_Slot):
+    """A parameter of one tensor."""
+
+    def put(self, layer: int | None, shards: Shards) -> jax.Array:
+        self._array = _cast(_place(shards, self.sharding), self.target, self.sharding)
+        return self._array
+
+    def finish(self) -> dict[str, jax.Array]:
+        return {self.param.path: self._array}
+
+
+class _HostStack(_Slot):
+    """All layers collected before they travel, with nothing to compile: small parameters, and everything on CPU devices, which
+    take the collected array as it is."""
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        shapes = {box: (len(self.layers), *box_shape(box)) for box in self.boxes.values()}
+        self._stacks = {box: _empty(shape, self.target) for box, shape in shapes.items()}
+
+    def read(self, layer: int | None) -> Shards:
+        assert layer is not None
+        boxes = sorted(self._stacks)
+        if len(boxes) == 1 and self.source.dtype == self.target:
+            self._read_box(layer, boxes[0], self._stacks[boxes[0]][layer])
+        else:
+            for box, part in self._read_parts(layer, boxes).items():
+                self._stacks[box][layer] = part
+        return {}
+
+    def put(self, layer: int | None, shards: Shards) -> None:
+        pass
+
+    def finish(self) -> dict[str, jax.Array]:
+        shards = {device: self._stacks[box] for device, box in self.boxes.items()}
+        return {self.param.path: _place(shards, self.sharding)}
+
+
+class _DeviceStack(_Slot):
+    """Layers written one by one into a stack on the devices, rounded to 8 bits there if `weight_dtype` is given."""
+
+    def __init__(self, *args: Any, weight_dtype: np.dtype | None, **named: Any) -> None:
+        super().__init__(*args, **named)
+        config, param = self.source.config, self.param
+        letters = "L" + param.letters
+        kinds = [(param.path, weight_dtype or self.target, len(letters))]
+        if weight_dtype is not None:
+            kinds.append((param.scale_path, np.dtype(np.float32), 1 + len(param.out_letters)))
+        self._paths = [path for path, _, _ in kinds]
+        spec, shape = self.sharding.spec, (config.num_layers, *param.shape(config))
+        self._shardings = tuple(
+            NamedSharding(self.sharding.mesh, PartitionSpec(*spec[:n])) for _, _, n in kinds
+        )
+        self._shapes = tuple(jax.ShapeDtypeStruct(shape[:n], dtype) for _, dtype, n in kinds)
+        self._stacks: tuple[jax.Array, ...] | None = None
+
+    def put(self, layer: int | None, shards: Shards) -> tuple[jax.Array, ...]:
+        if self._stacks is None:
+            self._stacks = _zeros(self._shapes, self._shardings)
+        assert layer is not None
+        array = _place(shards, self.tensor_sharding)
+        self._stacks = _write_layer(self._stacks, array, np.int32(layer), self._shardings)
+        return self._stacks
+
+    def finish(self) -> dict[str, jax.Array]:
+        assert self._stacks is not None
+        return dict(zip(self._paths, self._stacks, strict=True))
+
+
+def _slot(
+    source: TensorSource,
+    param: Param,
+    sharding: NamedSharding,
+    target: np.dtype,
+    weight_dtype: np.dtype | None,
+) -> _Slot:
+    if not param.stacked:
+        return _Single(source, param, sharding, target)
+    if weight_dtype is not None and param.is_layer_matrix:
+        # Rounded from what the file holds: `target` is no step between.
+        return _DeviceStack(source, param, sharding, source.dtype, weight_dtype=weight_dtype)
+    if _collects(sharding, tensor_bytes(source, param) * source.config.num_layers):
+        return _HostStack(source, param, sharding, target)
+    return _DeviceStack(source, param, sharding, target, weight_dtype=None)
+
+
+def _collects(sharding: NamedSharding, nbytes: int) -> bool:
+    """Whether a stack of this size is put together on the host."""
+    return nbytes <= _SMALL_STACK_BYTES or sharding.mesh.devices.flat[0].platform == "cpu"
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    nbytes = math.prod(shape) * dtype.itemsize
+    raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
 
 
 def _place(shards: Shards, sharding: NamedSharding) -> jax.Array:
@@ -125,58 +267,6 @@ def _place(shards: Shards, sharding: NamedSharding) -> jax.Array:
 def _global_shape(shard_shape: tuple[int, ...], sharding: NamedSharding) -> tuple[int, ...]:
     ways = [1 if axis is None else sharding.mesh.shape[axis] for axis in sharding.spec]
     return tuple(size * n for size, n in zip(shard_shape, ways, strict=True))
-
-
-def _stack_on_host(
-    layers: Iterator[Shards], dtype: np.dtype, sharding: NamedSharding, advance: Callable[[], None]
-) -> jax.Array:
-    """All layers of a small parameter at once: norms, biases, and everything of a small model, with nothing to compile."""
-    collected: dict[jax.Device, list[np.ndarray]] = {}
-    for shards in layers:
-        for device, shard in shards.items():
-            collected.setdefault(device, []).append(shard)
-        advance()
-    stacks: dict[
-        tuple[int, ...], np.ndarray
-    ] = {}  # by the arrays stacked: devices that hold copies share them
-    for parts in collected.values():
-        key = tuple(map(id, parts))
-        if key not in stacks:
-            stacks[key] = np.stack(parts).astype(dtype, copy=False)
-    return _place({device: stacks[tuple(map(id, parts))] for device, parts in collected.items()}, sharding)
-
-
-def _read_parts(
-    source: TensorSource, param: Param, layer: int | None, boxes: list[Box], target: np.dtype
-) -> dict[Box, np.ndarray]:
-    """Reads distinct boxes of one tensor, in one go where together they fill a larger box."""
-    hull = tuple(
-        (min(start for start, _ in bounds), max(stop for _, stop in bounds))
-        for bounds in zip(*boxes, strict=True)
-    )
-    fills = math.prod(box_shape(hull)) == sum(math.prod(box_shape(box)) for box in boxes)
-    whole = {hull: _read_box(source, param, layer, hull, target)} if fills else {}
-    parts: dict[Box, np.ndarray] = {}
-    for box in boxes:
-        if fills:
-            inside = tuple(slice(a - h, b - h) for (a, b), (h, _) in zip(box, hull, strict=True))
-            parts[box] = whole[hull][inside]
-        else:
-            parts[box] = _read_box(source, param, layer, box, target)
-    return parts
-
-
-def _read_box(
-    source: TensorSource, param: Param, layer: int | None, box: Box, target: np.dtype
-) -> np.ndarray:
-    array = source.read(param, layer, tuple(slice(*bounds) for bounds in box))
-    largest = magnitude(array)
-    if target != source.dtype and largest >= _overflow(source.dtype, target):
-        raise CheckpointError(
-            f"{source.folder}: tensor {source.name(param, layer)} holds values that "
-            f"{target.name} cannot: use bfloat16 or float32"
-        )
-    return array
 
 
 @functools.cache
@@ -192,16 +282,27 @@ def _overflow(dtype: np.dtype, target: np.dtype) -> int:
     return low
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _zeros(shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding) -> jax.Array:
-    return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _zeros(
+    shapes: tuple[jax.ShapeDtypeStruct, ...], shardings: tuple[NamedSharding, ...]
+) -> tuple[jax.Array, ...]:
+    return _constrained((jnp.zeros(x.shape, x.dtype) for x in shapes), shardings)
 
 
 @functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
-def _write_layer(stack: jax.Array, array: jax.Array, layer: jax.Array, sharding: NamedSharding) -> jax.Array:
-    """Writes one layer into the donated stack, in place."""
-    written = jax.lax.dynamic_update_index_in_dim(stack, array.astype(stack.dtype), layer, axis=0)
-    return jax.lax.with_sharding_constraint(written, sharding)
+def _write_layer(
+    stacks: tuple[jax.Array, ...], array: jax.Array, layer: jax.Array, shardings: tuple[NamedSharding, ...]
+) -> tuple[jax.Array, ...]:
+    """Writes one layer into the donated stack, in place; into two, numbers and scales, as `linear.quantise` makes them."""
+    parts: tuple[jax.Array, ...] = (array.astype(stacks[0].dtype),)
+    if len(stacks) == 2:
+        parts = quantise(array, stacks[0].dtype, range(stacks[1].ndim - 1, array.ndim))
+    update = functools.partial(jax.lax.dynamic_update_index_in_dim, index=layer, axis=0)
+    return _constrained(map(update, stacks, parts), shardings)
+
+
+def _constrained(arrays: Iterable[jax.Array], shardings: tuple[NamedSharding, ...]) -> tuple[jax.Array, ...]:
+    return tuple(map(jax.lax.with_sharding_constraint, arrays, shardings))
 
 
 def _cast(array: jax.Array, dtype: np.dtype, sharding: NamedSharding) -> jax.Array:

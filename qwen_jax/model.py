@@ -21,6 +21,7 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.errors import QwenJaxError, check_ids
 from qwen_jax.kernels.attention.api import attend
 from qwen_jax.kernels.decode_attention.api import decode_attend
+from qwen_jax.linear import Linear, check_weight_dtype
 from qwen_jax.rope import Rotary, temperature
 from qwen_jax.sparsity.attention import SparsePrefill, attend_prompts
 
@@ -28,37 +29,6 @@ from qwen_jax.sparsity.attention import SparsePrefill, attend_prompts
 Attend = Callable[
     [jax.Array, jax.Array, jax.Array, KVCache | None, jax.Array], tuple[jax.Array, KVCache | None]
 ]
-
-
-def einsum(spec: str, *operands: jax.Array) -> jax.Array:
-    """Matrix product in the first operand's dtype; float32 stays float32 on every device.
-
-    Products of bf16 accumulate in float32 inside the unit and round once. Asking for a float32 result and casting it gives the
-    same bits, but its backward pass multiplies in float32 (measured: half the speed forward on a CPU, too).
-    """
-    return jnp.einsum(
-        spec, *operands, precision=lax.Precision.HIGHEST, preferred_element_type=operands[0].dtype
-    )
-
-
-class Linear(nnx.Module):
-    """Weight [*out, *in] and optional bias [*out]; the einsum string at the call says which axes are which."""
-
-    def __init__(
-        self,
-        out: tuple[int, ...],
-        into: tuple[int, ...],
-        *,
-        bias: bool = False,
-        dtype: jnp.dtype,
-        rngs: nnx.Rngs,
-    ):
-        self.weight = nnx.Param(0.02 * jax.random.normal(rngs.params(), (*out, *into), dtype))
-        self.bias = nnx.Param(jnp.zeros(out, dtype)) if bias else None
-
-    def __call__(self, x: jax.Array, spec: str) -> jax.Array:
-        y = einsum(spec, x, self.weight[...])
-        return y if self.bias is None else y + self.bias[...]
 
 
 class RMSNorm(nnx.Module):
@@ -94,9 +64,8 @@ class Embedding(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query attention: projections with bias in, none out; what happens between is the caller's `attend`."""
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, linear: Callable[..., Linear]):
         D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
-        linear = functools.partial(Linear, dtype=dtype, rngs=rngs)
         self.q = linear((N, H), (D,), bias=True)
         self.k = linear((K, H), (D,), bias=True)
         self.v = linear((K, H), (D,), bias=True)
@@ -121,9 +90,8 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, linear: Callable[..., Linear]):
         D, F = config.hidden_size, config.intermediate_size
-        linear = functools.partial(Linear, dtype=dtype, rngs=rngs)
         self.gate = linear((F,), (D,))
         self.up = linear((F,), (D,))
         self.down = linear((D,), (F,))
@@ -134,13 +102,13 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer, pre-norm."""
+    """One layer, pre-norm; `linear(out, into, bias=False)` makes its matrices."""
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, linear: Callable[..., Linear], *, dtype: jnp.dtype):
         self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
-        self.attn = Attention(config, dtype=dtype, rngs=rngs)
+        self.attn = Attention(config, linear)
         self.post_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
-        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+        self.mlp = MLP(config, linear)
 
     def __call__(
         self,
@@ -164,9 +132,27 @@ class Qwen2(nnx.Module):
         layers: one `Block` whose parameters have a leading axis L.
     """
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype | None = None, rngs: nnx.Rngs):
-        """Random weights (normal, 0.02) in `dtype`, by default the config's."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: jnp.dtype | None = None,
+        weight_dtype: str | None = None,
+        matmul: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        """Random weights (normal, 0.02).
+
+        Args:
+            dtype: of weights and activations, by default the config's.
+            weight_dtype: "int8" or "fp8" (e4m3): the layers' matrices in 8 bits, see `linear`; None: in `dtype`.
+            matmul: "fp8": prefill multiplies fp8 weights with activations rounded to fp8; None: in `dtype`.
+
+        Raises:
+            QwenJaxError: other names, or `matmul` with other weights than fp8.
+        """
         dtype = jnp.dtype(dtype or config.dtype)
+        numbers = check_weight_dtype(weight_dtype, matmul)
         self.config = config
         self.attention_backend: str | None = None
         self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
@@ -174,7 +160,10 @@ class Qwen2(nnx.Module):
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap(in_axes=0, out_axes=0)
         def stack(rngs: nnx.Rngs) -> Block:
-            return Block(config, dtype=dtype, rngs=rngs)
+            linear = functools.partial(
+                Linear, dtype=dtype, weight_dtype=numbers, fp8_products=matmul is not None, rngs=rngs
+            )
+            return Block(config, linear, dtype=dtype)
 
         self.layers = stack(rngs)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)

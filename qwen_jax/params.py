@@ -32,7 +32,27 @@ class Param:
     @property
     def letters(self) -> str:
         """Dimension letters of one layer's tensor in the model, without the layer axis."""
-        return re.sub(r"[()]", "", self.axes)
+        return "".join(self._groups)
+
+    @property
+    def _groups(self) -> list[str]:
+        """The letters that make one dimension of the Hugging Face tensor, for each of its dimensions."""
+        return [group.strip("()") for group in re.findall(r"\(\w+\)|\w", self.axes)]
+
+    @property
+    def is_layer_matrix(self) -> bool:
+        """Whether it is what the layers multiply with, which 8 bits may hold: no bias, norm, embedding or output head."""
+        return self.stacked and len(self._groups) == 2
+
+    @property
+    def out_letters(self) -> str:
+        """Dimension letters of a matrix's outputs; the rest are its inputs. An 8-bit matrix has one scale for each output."""
+        return self._groups[0]
+
+    @property
+    def scale_path(self) -> str:
+        """Where the scales of an 8-bit matrix stand in the model: "layers.attn.q.scale"."""
+        return self.path.removesuffix("weight") + "scale"
 
     def shape(self, config: ModelConfig) -> tuple[int, ...]:
         """Shape of one layer's tensor in the model."""
@@ -42,8 +62,7 @@ class Param:
     def hf_shape(self, config: ModelConfig) -> tuple[int, ...]:
         """Shape of the tensor in a Hugging Face file: the axes in parentheses are one."""
         sizes = config.sizes()
-        groups = re.findall(r"\(\w+\)|\w", self.axes)
-        return tuple(math.prod(sizes[letter] for letter in group.strip("()")) for group in groups)
+        return tuple(math.prod(sizes[letter] for letter in group) for group in self._groups)
 
     def hf_name(self, layer: int | None = None) -> str:
         """The tensor's name in a Hugging Face file; `layer` for stacked parameters only."""

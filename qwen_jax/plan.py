@@ -203,7 +203,6 @@ def _warnings(f: Footprint) -> tuple[str, ...]:
         found.append(f"data={f.mesh[DATA]} is more than the {f.batch} rows: devices stay idle")
     planned = [f"{axis}={f.mesh[axis]}" for axis in (DATA, CONTEXT) if f.mesh[axis] > 1]
     planned += ["an 8-bit cache"] * (DTYPE_BYTES[f.kv_dtype] == 1)
-    planned += ["8-bit weights"] * (DTYPE_BYTES[f.weight_dtype] == 1)
     planned += ["sparse prefill"] * (f.density < 1)
     if planned:
         found.append(f"planned for, but not built yet: {', '.join(planned)}")

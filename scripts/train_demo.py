@@ -34,7 +34,8 @@ from qwen_jax.errors import QwenJaxError
 from qwen_jax.evals import demo_folder
 from qwen_jax.evals.passkey import VOCAB_SIZE
 from qwen_jax.evals.passkey_training import FIRST_DIGIT_WEIGHT, step_batch
-from qwen_jax.model import Qwen2, einsum
+from qwen_jax.linear import einsum
+from qwen_jax.model import Qwen2
 from qwen_jax.rope import Stage
 
 Params = dict[str, jax.Array]  # by Param.path, float32

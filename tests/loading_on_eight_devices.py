@@ -54,8 +54,8 @@ def expected(folder: Path) -> dict[str, np.ndarray]:
 def main() -> None:
     reference = expected(Path(sys.argv[1]))
     report = []
-    for kind, folder, small in (("hf", sys.argv[1], 0), ("orbax", sys.argv[2], 1 << 30)):
-        loading._SMALL_STACK_BYTES = small  # both ways of stacking layers
+    for kind, folder, collects in (("hf", sys.argv[1], False), ("orbax", sys.argv[2], True)):
+        loading._collects = lambda *_, collects=collects: collects  # both ways of stacking layers
         load_params(open_checkpoint(folder))  # imports and compiles
         for name, shape in MESHES.items():
             count = int(np.prod(list(shape.values())))

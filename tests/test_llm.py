@@ -293,7 +293,8 @@ def test_an_empty_text_is_refused(text_llm: LLM) -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"weight_dtype": "int8"}, "weight_dtype='int8' is not built yet"),
+        ({"weight_dtype": "int8"}, "weight_dtype= comes too late for a loaded model"),
+        ({"matmul": "fp8"}, "matmul= comes too late for a loaded model"),
         ({"sparsity": "bands:2"}, "the share must be a number above 0, at most 1"),
         ({"kv_dtype": "int8"}, "kv_dtype='int8' is not built yet"),
         ({"kv_dtype": "fp8"}, "kv_dtype='fp8' is not built yet"),

@@ -15,7 +15,7 @@ from qwen_jax import loading
 from qwen_jax.build import with_dca
 from qwen_jax.config import ModelConfig
 from qwen_jax.convert.converter import convert
-from qwen_jax.convert.source import DTYPES, TensorSource
+from qwen_jax.convert.source import DTYPES, Box, TensorSource, box_shape
 from qwen_jax.convert.synthetic import TINY, write_random_checkpoint
 from qwen_jax.errors import CheckpointError, QwenJaxError
 from qwen_jax.loading import _overflow, _write_layer, load_params, open_checkpoint
@@ -30,9 +30,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("small", [0, 1 << 30])
-def test_values_shapes_and_dtype(folder, monkeypatch, small):
-    monkeypatch.setattr(loading, "_SMALL_STACK_BYTES", small)
+@pytest.mark.parametrize("collects", [False, True])
+def test_values_shapes_and_dtype(folder, monkeypatch, collects):
+    monkeypatch.setattr(loading, "_collects", lambda *_: collects)
     stored = {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
     source = open_checkpoint(folder)
     calls: list[tuple[int, int]] = []
@@ -55,9 +55,9 @@ def test_values_shapes_and_dtype(folder, monkeypatch, small):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, "float16"])
-@pytest.mark.parametrize("small", [0, 1 << 30])
-def test_cast_on_the_way(folder, monkeypatch, dtype, small):
-    monkeypatch.setattr(loading, "_SMALL_STACK_BYTES", small)
+@pytest.mark.parametrize("collects", [False, True])
+def test_cast_on_the_way(folder, monkeypatch, dtype, collects):
+    monkeypatch.setattr(loading, "_collects", lambda *_: collects)
     source = open_checkpoint(folder)
     loaded, cast = load_params(source), load_params(source, dtype=dtype)
     for path, array in cast.items():
@@ -118,7 +118,7 @@ def test_layers_are_written_in_place(folder):
     sharding = shardings(config, full_mesh())["layers.mlp.down.weight"]
     stack = jax.ShapeDtypeStruct((64, 512, 512), jnp.float32, sharding=sharding)
     layer = jax.ShapeDtypeStruct((512, 512), jnp.float32)
-    compiled = _write_layer.lower(stack, layer, np.int32(0), sharding).compile()
+    compiled = _write_layer.lower((stack,), layer, np.int32(0), (sharding,)).compile()
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes == 64 * 512 * 512 * 4
     assert memory.temp_size_in_bytes < 512 * 512 * 4
@@ -134,9 +134,11 @@ class CountingSource(TensorSource):
     def name(self, param: Param, layer: int | None = None) -> str:
         return param.hf_name(layer)
 
-    def _read(self, param: Param, layer: int | None, box: tuple[tuple[int, int], ...]) -> np.ndarray:
+    def _read(self, param: Param, layer: int | None, box: Box, out: np.ndarray | None) -> np.ndarray:
         self.reads.append((param.path, layer))
-        return np.zeros([stop - start for start, stop in box], self.dtype)
+        array = np.empty(box_shape(box), self.dtype) if out is None else out
+        array[...] = 0
+        return array
 
 
 def test_each_tensor_is_read_once_and_alone(folder):

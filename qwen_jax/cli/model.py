@@ -34,7 +34,24 @@ KvDtype = Annotated[
     str | None,
     typer.Option(help="Of the cache.", rich_help_panel=_MODEL, show_default="that of the weights"),
 ]
-WeightDtype = Annotated[str | None, typer.Option(help="Quantised weights.", rich_help_panel=_MODEL)]
+WeightDtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="int8|fp8",
+        help="The layers' matrices in 8 bits.",
+        rich_help_panel=_MODEL,
+        show_default="that of the activations",
+    ),
+]
+Matmul = Annotated[
+    str | None,
+    typer.Option(
+        metavar="fp8",
+        help="Prefill multiplies fp8 weights with activations rounded to fp8: faster on Hopper, less exact.",
+        rich_help_panel=_MODEL,
+        show_default="in the dtype of the activations",
+    ),
+]
 Sparsity = Annotated[
     str | None,
     typer.Option(
@@ -94,6 +111,7 @@ def load(
     dtype: str | None,
     kv_dtype: str | None,
     weight_dtype: str | None,
+    matmul: str | None,
     sparsity: str | None,
     dca: str | None,
     mesh: str | None,
@@ -111,6 +129,7 @@ def load(
         dtype=dtype,
         kv_dtype=kv_dtype,
         weight_dtype=weight_dtype,
+        matmul=matmul,
         sparsity=sparsity,
         dca=dual_chunk,
         mesh=options.mesh(mesh),

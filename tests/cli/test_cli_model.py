@@ -15,7 +15,7 @@ from qwen_jax.errors import QwenJaxError
 from qwen_jax.llm import LLM
 
 UNSET = dict.fromkeys(
-    ["max_len", "prefill_chunk", "dtype", "kv_dtype", "weight_dtype", "sparsity", "dca", "mesh"]
+    ["max_len", "prefill_chunk", "dtype", "kv_dtype", "weight_dtype", "matmul", "sparsity", "dca", "mesh"]
 )
 
 
