@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qwen_jax.kernels.cutoffs.ranks import INFINITY, rank_of
 from qwen_jax.kernels.line_scores.api import FORCED_COLUMNS
 from qwen_jax.kernels.sparse_attention.bands import BAND, bands_of, tile_distances
-from qwen_jax.sparsity.selection import INFINITY, best, rank_of
+from qwen_jax.sparsity.selection import best
 
 _ROUNDING = 1 + 1e-6  # of float32 counts of pairs
 
@@ -83,7 +84,7 @@ def select_bands(
 
     crossing_BNS = _from_the_end(_window(mass_BNS, last_queries, before=True), piece.end_B) / n_B11
     own_BNS = jnp.where(jnp.isfinite(columns_BNS), jnp.maximum(columns_BNS - crossing_BNS, 0), columns_BNS)
-    own_BNS = jnp.where(best(own_BNS, jnp.int32(most_columns)[None]), own_BNS, -jnp.inf)
+    own_BNS = jnp.where(best(own_BNS, jnp.int32(most_columns)), own_BNS, -jnp.inf)
 
     forced_BNM = bands_of(jnp.isposinf(diagonals_BNS), band)
     last_B11 = jnp.where(end_B11 > piece.start, end_B11, 0)

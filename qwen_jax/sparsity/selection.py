@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 
-INFINITY = int(np.float32(np.inf).view(np.int32))  # the rank of +inf
+from qwen_jax.kernels.cutoffs.api import cutoffs
+from qwen_jax.kernels.cutoffs.ranks import rank_of
 
 
 class Lines(NamedTuple):
@@ -31,7 +31,9 @@ def select_lines(
         columns_BNS, diagonals_BNS: float32[B, N, S] scores, none between -inf and 0; -inf is never chosen.
         vertical_N, slash_N: int32[N], lines to keep; more than there are keeps all. They are read, never changed.
     """
-    return Lines(best(columns_BNS, vertical_N[:, None]), best(diagonals_BNS, slash_N[:, None]))
+    shape = columns_BNS.shape[:2]
+    budgets = jnp.broadcast_to(vertical_N, shape), jnp.broadcast_to(slash_N, shape)
+    return Lines(*_best((columns_BNS, diagonals_BNS), budgets))
 
 
 def best(scores: jax.Array, count: jax.Array) -> jax.Array:
@@ -39,26 +41,19 @@ def best(scores: jax.Array, count: jax.Array) -> jax.Array:
 
     Args:
         scores: float32[..., S]: -inf, which is never chosen, or from 0 to +inf.
-        count: int32, broadcast to scores' shape with one entry in its last axis.
+        count: int32, broadcast to scores' shape without its last axis.
     """
-    rank = rank_of(scores)
-    count = jnp.broadcast_to(count, (*scores.shape[:-1], 1))
-
-    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = bounds
-        middle = low + (high - low) // 2
-        fits = (rank > middle).sum(-1, keepdims=True) <= count
-        return jnp.where(fits, low, middle + 1), jnp.where(fits, middle, high)
-
-    # The least threshold above which no more than `count` lie; 31 passes halve [-1, bits of +inf] to one.
-    ends = jnp.full(count.shape, -1, jnp.int32), jnp.full(count.shape, INFINITY, jnp.int32)
-    threshold = lax.fori_loop(0, 31, halve, ends)[1]
-    above, tied = rank > threshold, (rank == threshold) & (rank >= 0)
-    room = count - above.sum(-1, keepdims=True)
-    return above | (tied & (jnp.cumsum(tied, -1) <= room))
+    return _best((scores,), (jnp.broadcast_to(count, scores.shape[:-1]),))[0]
 
 
-def rank_of(scores: jax.Array) -> jax.Array:
-    """int32 in the order of the scores, float32 from 0 up; -1 for -inf. A threshold is found by bisection on integers."""
-    # The bits of floats from 0 up are ordered like the floats.
-    return jnp.where(scores >= 0, lax.bitcast_convert_type(jnp.abs(scores), jnp.int32), -1)
+def _best(scores: Sequence[jax.Array], counts: Sequence[jax.Array]) -> list[jax.Array]:
+    """`best` of several arrays of one shape, found in one go."""
+    *rows, S = scores[0].shape
+    count_AX = jnp.stack([count.reshape(-1) for count in counts]).astype(jnp.int32)
+    cuts = cutoffs([x.reshape(-1, S) for x in scores], count_AX)
+    place_S = jnp.arange(S, dtype=jnp.int32)
+    chosen = []
+    for x, *cut in zip(scores, *cuts, strict=True):
+        rank, (least, last) = rank_of(x), (y.reshape(*rows, 1) for y in cut)
+        chosen.append((rank > least) | ((rank == least) & (place_S <= last)))
+    return chosen

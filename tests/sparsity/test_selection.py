@@ -34,7 +34,7 @@ SCORES = st.one_of(
 def test_the_best_are_those_of_a_sort(rows: list[list[float]], counts: list[int]) -> None:
     scores = np.array(rows, np.float32)
     scores[(scores > 0) & (scores < np.finfo(np.float32).tiny)] = 0  # devices flush them
-    chosen = np.asarray(_best(scores, np.array(counts, np.int32)[:, None]))
+    chosen = np.asarray(_best(scores, np.array(counts, np.int32)))
     for row, count, got in zip(scores, counts, chosen, strict=True):
         assert set(np.flatnonzero(got)) == naive(row, count)
 
@@ -45,7 +45,7 @@ def test_many_scores_of_probabilities() -> None:
     scores[..., :30] = np.inf
     scores[..., 4000:] = -np.inf
     counts = np.array([30, 130, 1000, 4800], np.int32)
-    chosen = np.asarray(_best(scores, counts[:, None]))
+    chosen = np.asarray(_best(scores, counts))
     for b in range(2):
         for n, count in enumerate(counts):
             assert set(np.flatnonzero(chosen[b, n])) == naive(scores[b, n], int(count))
@@ -68,7 +68,7 @@ def test_lines_of_each_head_follow_its_own_budget_and_leave_it_as_it_was() -> No
 
 @pytest.mark.parametrize("count", [0, 3])
 def test_a_row_without_a_finite_score_keeps_nothing(count: int) -> None:
-    assert not np.asarray(best(jnp.full((2, 9), -jnp.inf), jnp.full((2, 1), count))).any()
+    assert not np.asarray(best(jnp.full((2, 9), -jnp.inf), jnp.full((2,), count))).any()
 
 
 def test_more_budget_keeps_what_less_kept() -> None:
@@ -76,6 +76,6 @@ def test_more_budget_keeps_what_less_kept() -> None:
     scores = jnp.asarray(np.random.default_rng(2).integers(0, 20, 300), jnp.float32)
     kept = np.zeros(300, bool)
     for count in range(0, 320, 7):
-        more = np.asarray(_best(scores, jnp.array([count])))
+        more = np.asarray(_best(scores, jnp.int32(count)))
         assert more[kept].all()
         kept = more
