@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
+from qwen_jax.kernels.blocks import Share
 from qwen_jax.kernels.tpu import why_not_tpu
 
 Backend = Callable[..., tuple[jax.Array, jax.Array]]
@@ -31,6 +33,23 @@ def dispatch(
         except NotImplementedError as refusal:
             reasons.append(f"{candidate}: {refusal}")
     raise NotImplementedError("; ".join(reasons))
+
+
+def alone(backend: Backend) -> Backend:
+    """`backend`, which knows only caches that hold every position."""
+
+    @functools.wraps(backend)
+    def call(*args: Any, share: Share | None = None, **kwargs: Any) -> tuple[jax.Array, jax.Array]:
+        if share is not None:
+            raise NotImplementedError("does not read a cache that is spread over a context axis")
+        return backend(*args, **kwargs)
+
+    return call
+
+
+def given(**arguments: Any) -> dict[str, Any]:
+    """Those that are not None: a backend need not know of what a call does not use."""
+    return {name: value for name, value in arguments.items() if value is not None}
 
 
 def on_gpu(module: str, function: str) -> Callable[..., Any]:

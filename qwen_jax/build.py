@@ -21,6 +21,7 @@ from qwen_jax.linear import WEIGHT_DTYPES, check_weight_dtype
 from qwen_jax.loading import load_params, open_checkpoint
 from qwen_jax.model import Qwen2
 from qwen_jax.sharding import full_mesh
+from qwen_jax.spread import Spread
 
 _FP8_CAPABILITY = 8.9  # Ada; Hopper has 9.0
 
@@ -100,9 +101,9 @@ def build(config: ModelConfig, arrays: dict[str, jax.Array], *, matmul: str | No
         filled.append((path, leaf.replace(array)))
     assert len(filled) == len(arrays), sorted(arrays)
     model = nnx.merge(graph, nnx.from_flat_state(filled))
-    devices = arrays["embed.weight"].devices()
-    if len(devices) > 1 or {device.platform for device in devices} != {"gpu"}:
-        model.attention_backend = (
-            "xla"  # the GPU kernels see one device's arrays; XLA partitions its own attention
-        )
+    embedding = arrays["embed.weight"]
+    if isinstance(mesh := getattr(embedding.sharding, "mesh", None), Mesh):
+        model.spread = Spread.of(config, full_mesh(mesh))
+    if {device.platform for device in embedding.devices()} != {jax.default_backend()}:
+        model.attention_backend = "xla"  # kernels look at the machine, not at where these weights are
     return model

@@ -11,27 +11,34 @@ import numpy as np
 
 from qwen_jax.cache import KVCache
 from qwen_jax.errors import QwenJaxError
+from qwen_jax.kernels.blocks import Share
+from qwen_jax.spread import Spread
 
 CAPACITY_STEP = 256
 
 
-def capacity_for(tokens: int, max_len: int) -> int:
+def capacity_for(tokens: int, max_len: int, multiple: int = 1) -> int:
     """Positions to allocate for `tokens`: at most a quarter more than needed, and at most what max_len needs.
 
-    The step is an eighth of the next power of two, so that few programs are compiled.
+    The step is an eighth of the next power of two, so that few programs are compiled, then rounded up to a multiple.
     """
     step = max(CAPACITY_STEP, 1 << max(0, (tokens - 1).bit_length() - 3))
-    return min(_round_up(tokens, step), _round_up(max_len, CAPACITY_STEP))
+    return _round_up(min(_round_up(tokens, step), _round_up(max_len, CAPACITY_STEP)), multiple)
 
 
 def _round_up(n: int, step: int) -> int:
     return -(-n // step) * step
 
 
-@functools.partial(jax.jit, static_argnames="capacity")
-def _grown(cache: KVCache, capacity: int) -> KVCache:
-    room = ((0, 0), (0, 0), (0, 0), (0, capacity - cache.capacity), (0, 0))
-    return KVCache(*(jnp.pad(x, room) for x in cache))
+@functools.partial(jax.jit, static_argnames=("capacity", "spread"))
+def _grown(cache: KVCache, capacity: int, spread: Spread | None) -> KVCache:
+    devices = spread.blocks.count if spread and spread.blocks else 1
+    more = (capacity - cache.capacity) // devices
+
+    def grow(cache: KVCache, share: Share | None = None) -> KVCache:
+        return KVCache(*(jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, more), (0, 0))) for x in cache))
+
+    return spread.run(grow, ("LBKS",), "LBKS", cache) if spread else grow(cache)
 
 
 class Context:
@@ -41,10 +48,11 @@ class Context:
     Attributes:
         cache: positions from len(self) on mean nothing.
         token_ids: int32[n], the tokens at positions 0 .. n - 1 (of the only row).
+        spread: the devices that the cache is on; None: one.
     """
 
-    def __init__(self, cache: KVCache, token_ids: np.ndarray | None = None):
-        self.cache = cache
+    def __init__(self, cache: KVCache, token_ids: np.ndarray | None = None, spread: Spread | None = None):
+        self.cache, self.spread = cache, spread
         self.token_ids = np.zeros(0, np.int32) if token_ids is None else np.asarray(token_ids, np.int32)
 
         self._turn = 0
@@ -80,7 +88,14 @@ class Context:
     def reserve(self, tokens: int, max_len: int) -> None:
         """Makes room for `tokens` positions in all; copies the cache only when it must grow."""
         if tokens > self.cache.capacity:
-            self.cache = _grown(self.cache, capacity=capacity_for(tokens, max_len))
+            capacity = capacity_for(tokens, max_len, self.spread.round if self.spread else 1)
+            self.cache = _grown(self.cache, capacity=capacity, spread=self.spread)
+
+    def slots(self) -> np.ndarray:
+        """Where in the cache's S positions 0 .. len(self) - 1 lie."""
+        positions = np.arange(len(self))
+        blocks = self.spread.blocks if self.spread else None
+        return blocks.dealt(positions, self.cache.capacity) if blocks else positions
 
 
 class Document(Context):
@@ -91,9 +106,15 @@ class Document(Context):
     computed under the document's own. `generate(..., anew=True)` prefills the whole again.
     """
 
-    def __init__(self, cache: KVCache, token_ids: np.ndarray, owner: dict[str, object]):
+    def __init__(
+        self,
+        cache: KVCache,
+        token_ids: np.ndarray,
+        owner: dict[str, object],
+        spread: Spread | None = None,
+    ):
         """`owner`: see `prefix_io.owner`."""
-        super().__init__(cache, token_ids)
+        super().__init__(cache, token_ids, spread)
         self.owner = owner
 
     def save(self, path: str | Path) -> None:

@@ -111,4 +111,6 @@ def decode_block(
         return n + 1, out_BT, cache, new
 
     _, out_BT, cache, state = lax.while_loop(more, step, (jnp.int32(0), out_BT, cache, state))
+    if model.spread:  # small, and every process reads its own copy
+        out_BT, state = jax.tree.map(lambda x: model.spread.place(x, ""), (out_BT, state))
     return out_BT, cache, state

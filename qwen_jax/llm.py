@@ -19,7 +19,7 @@ from qwen_jax import prefix_io
 from qwen_jax.answer import Answer, Generation
 from qwen_jax.build import load
 from qwen_jax.cache import KVCache, init_cache
-from qwen_jax.config import DualChunk
+from qwen_jax.config import DualChunk, ModelConfig
 from qwen_jax.context import Context, Document, capacity_for
 from qwen_jax.decode import BLOCK, NO_TOKEN, Request, decode_block, first_token
 from qwen_jax.hub import resolve
@@ -36,11 +36,14 @@ from qwen_jax.sampling import (
     row_keys,
     seen_tokens,
 )
+from qwen_jax.sharding import CONTEXT, full_mesh
 from qwen_jax.sparsity.switch import check_name, sparse_prefill
+from qwen_jax.spread import Spread
 from qwen_jax.tokenizer import Tokenizer, has_tokenizer
 
 STREAM_BLOCK = 8  # tokens between two pieces of streamed text
 DEFAULT_NEW_TOKENS = 512
+_NOTHING = np.zeros(0, np.int32)
 
 
 class LLM:
@@ -87,18 +90,12 @@ class LLM:
             batch_size: most prompts that run together.
             progress: show bars with the remaining time when stderr is a terminal.
 
+        Several processes (`processes.join`) make the same LLM with one mesh over all their devices, and then the same calls.
+
         Raises:
             QwenJaxError: whatever `load` refuses; a setting that is not built; max_len beyond the model's positions.
         """
         check_name(sparsity)
-        if jax.process_count() > 1:
-            raise RequestError("LLM runs in one process; several (jax.distributed) are not built yet")
-        for axis in ("data", "context"):
-            if mesh is not None and mesh.shape.get(axis, 1) > 1:
-                raise RequestError(
-                    f"{axis}={mesh.shape[axis]} in the mesh is not built yet: every device along it would hold the whole "
-                    f"cache and do the whole work; use tensor={mesh.size} or fewer devices"
-                )
         if batch_size < 1:
             raise RequestError(f"batch_size must be at least 1, got {batch_size}")
         if isinstance(path_or_model, Qwen2):
@@ -140,15 +137,12 @@ class LLM:
             raise RequestError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
         # The cache goes where the weights are: on another mesh the first piece would compile a program of its own.
         placed = getattr(self.model.embed.weight[...].sharding, "mesh", mesh)
-        self._mesh = placed if isinstance(placed, Mesh) else mesh
-        if sparse and self._mesh is not None and self._mesh.size > 1:
-            raise RequestError(
-                "sparse prefill over several devices is not built yet: sparsity='none' is dense attention"
-            )
+        self._mesh = full_mesh(placed) if isinstance(placed, Mesh) else mesh
+        self._spread = self.model.spread
         self._batch_size, self._progress = batch_size, progress
         self._kv_dtype = _kv_dtype(kv_dtype, self.model.embed.weight[...].dtype)
         self._graph, self._params = nnx.split(self.model)
-        chunk = default_chunk(self.config) if prefill_chunk is None else prefill_chunk
+        chunk = _chunk(prefill_chunk, self.config, self._spread)
         self._prefiller = Prefiller(self._graph, self._params, self.config, chunk, sparse)
 
     def generate(
@@ -230,7 +224,7 @@ class LLM:
 
     def new_context(self) -> Context:
         """An empty context of one row, which grows as it is used."""
-        return Context(self._empty_cache(1, 1))
+        return Context(self._empty_cache(1, 1), spread=self._spread)
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The prompt that the checkpoint's chat template makes of messages, up to where the answer begins.
@@ -255,7 +249,7 @@ class LLM:
         """
         ids = self.token_ids(text)
         self._check_length(len(ids), 0)
-        document = Document(self._empty_cache(1, len(ids) + room), np.zeros(0, np.int32), self._owner)
+        document = Document(self._empty_cache(1, len(ids) + room), _NOTHING, self._owner, self._spread)
         self._extend(document, [ids])
         document.token_ids = ids
         return document
@@ -297,15 +291,18 @@ class LLM:
         """Prefills `rows` behind what the context holds, decodes, feeds `answers`; yields each row's new text after a block."""
         turn = context.begin()
         context.reserve(
-            len(context) + max(len(r) + a.limit for r, a in zip(rows, answers, strict=True)), self.max_len
+            len(context) + max(len(r) + a.limit for r, a in zip(rows, answers, strict=True)),
+            self.max_len,
         )
         last_BD = self._extend(context, rows)
+        idle = context.cache.batch - len(rows)  # rows without an answer, which fill the axis `data`
+        rows, settings = [*rows, *[_NOTHING] * idle], [*settings, *settings[:1] * idle]
         lengths_B = np.array([len(context) + len(ids) for ids in rows], np.int32)
         whole = [np.concatenate([context.token_ids, ids]) for ids in rows]
         whole_BT = pad(whole, width=context.cache.capacity)  # one program serves every length
         seen_BV = seen_tokens(jnp.asarray(whole_BT), jnp.asarray(lengths_B), self.config.vocab_size)
         eos_BE = pad([np.array(s.eos_token_ids or (NO_TOKEN,), np.int32) for s in settings], fill=NO_TOKEN)
-        limit_B = np.array([answer.limit for answer in answers], np.int32)
+        limit_B = np.array([answer.limit for answer in answers] + [1] * idle, np.int32)
         request = Request(
             jnp.asarray(lengths_B),
             jnp.asarray(limit_B),
@@ -316,10 +313,9 @@ class LLM:
         state = first_token(self._prefiller.logits(last_BD), request, seen_BV)
         tokens_BT = np.asarray(state.token_B)[:, None]
         while True:
-            yield [a.push(t[t != NO_TOKEN]) for a, t in zip(answers, tokens_BT, strict=True)]
-            done_B = np.array(
-                [answer.done for answer in answers]
-            )  # a stop string ends rows the device thinks alive
+            yield [a.push(t[t != NO_TOKEN]) for a, t in zip(answers, tokens_BT, strict=False)]
+            # A stop string ends rows the device thinks alive.
+            done_B = np.array([answer.done for answer in answers] + [True] * idle)
             if done_B.all():
                 return
             context.require(turn)
@@ -331,6 +327,7 @@ class LLM:
 
     def _extend(self, context: Context, rows: list[np.ndarray]) -> jax.Array:
         """Runs right-padded rows behind what the context holds; returns each row's last hidden state [B, D]."""
+        rows = [*rows, *[_NOTHING] * (context.cache.batch - len(rows))]
         tokens_BT, start = pad(rows), len(context)
         lengths_B = np.array([start + len(ids) for ids in rows], np.int32)
         queued: jax.Array | None = None
@@ -346,10 +343,17 @@ class LLM:
 
     def _new_context(self, rows: list[np.ndarray], answers: list[Answer]) -> Context:
         longest = max(len(ids) + answer.limit for ids, answer in zip(rows, answers, strict=True))
-        return Context(self._empty_cache(len(rows), longest))
+        return Context(self._empty_cache(len(rows), longest), spread=self._spread)
 
     def _empty_cache(self, rows: int, tokens: int) -> KVCache:
-        return init_cache(self.config, rows, capacity_for(tokens, self.max_len), self._kv_dtype, self._mesh)
+        multiple = self._spread.round if self._spread else 1
+        capacity = capacity_for(tokens, self.max_len, multiple)
+        return init_cache(self.config, self._padded(rows), capacity, self._kv_dtype, self._mesh)
+
+    def _padded(self, rows: int) -> int:
+        """The rows that run where `rows` are asked for: empty ones are added, so that the axis `data` divides them."""
+        multiple = self._spread.rows if self._spread else 1
+        return -(-rows // multiple) * multiple
 
     def _answer(self, setting: ResolvedSampling, prompt: int) -> Answer:
         """An empty answer of at most max_new_tokens; if nobody asked for a number, the checkpoint's, or 512, or what fits."""
@@ -391,6 +395,20 @@ class LLM:
             raise RequestError(
                 f"{wish} do not fit max_len={self.max_len}: raise max_len or shorten the prompt"
             )
+
+
+def _chunk(wanted: int | None, config: ModelConfig, spread: Spread | None) -> int:
+    """Tokens of a prefill piece: whole rounds over the context axis."""
+    whole = spread.round if spread else 1
+    if wanted is None:
+        return default_chunk(config, whole)
+    if wanted < whole:
+        assert spread is not None
+        raise RequestError(
+            f"prefill_chunk={wanted} is below the {whole} positions that context={spread.mesh.shape[CONTEXT]} deals out in "
+            f"one round: raise it to a multiple of {whole}"
+        )
+    return wanted // whole * whole
 
 
 def _check_loaded(model: Qwen2, *, mesh: Mesh | None, **settings: object) -> None:

@@ -16,14 +16,15 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from qwen_jax.cache import KVCache, write_chunk, write_token
+from qwen_jax.attention import decode_layer, prefill_layer
+from qwen_jax.cache import KVCache
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import QwenJaxError, check_ids
 from qwen_jax.kernels.attention.api import attend
-from qwen_jax.kernels.decode_attention.api import decode_attend
 from qwen_jax.linear import Linear, check_weight_dtype
 from qwen_jax.rope import Rotary, temperature
-from qwen_jax.sparsity.attention import SparsePrefill, attend_prompts
+from qwen_jax.sparsity.attention import SparsePrefill
+from qwen_jax.spread import Spread
 
 # attention of one layer: (q_BTNH unrotated, k_BTKH rotated, v_BTKH, cache, layer) -> (out_BTNH, cache)
 Attend = Callable[
@@ -129,6 +130,7 @@ class Qwen2(nnx.Module):
     Attributes:
         config: the model's shape and positions.
         attention_backend: what runs attention, a name in `kernels.attention.api.BACKENDS`; None: the first that accepts.
+        spread: the devices it is on; None: one.
         layers: one `Block` whose parameters have a leading axis L.
     """
 
@@ -155,6 +157,7 @@ class Qwen2(nnx.Module):
         numbers = check_weight_dtype(weight_dtype, matmul)
         self.config = config
         self.attention_backend: str | None = None
+        self.spread: Spread | None = None
         self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
 
         @nnx.split_rngs(splits=config.num_layers)
@@ -202,16 +205,19 @@ class Qwen2(nnx.Module):
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """float32[..., V] from final hidden states [..., D]."""
         head = self.embed if self.config.tie_embeddings else self.lm_head
-        return head.logits(x_BTD)
+        logits = head.logits(x_BTD)
+        return self.spread.place(logits, "") if self.spread else logits
 
     def forward(self, tokens_BT: jax.Array, lengths_B: jax.Array) -> jax.Array:
         """Final hidden states [B, T, D] of whole right-padded rows, with no cache. Pure; meant to be jitted."""
-        T = tokens_BT.shape[1]
-        scale_B = self._score_scale(lengths_B, lengths_B)
+        B, T = tokens_BT.shape
+        spread = self.spread.whole_rows(B) if self.spread else None
 
-        def attend_all(
-            q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, cache: KVCache | None, layer: jax.Array
-        ) -> tuple[jax.Array, KVCache | None]:
+        def attend_rows(
+            q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, lengths_B: jax.Array, share: None = None
+        ) -> jax.Array:
+            scale_B = self._score_scale(lengths_B, lengths_B)
+
             def piece(start: jax.Array | int, q: jax.Array) -> jax.Array:
                 k, v = (jnp.swapaxes(x, 1, 2)[None] for x in (k_BTKH, v_BTKH))
                 return attend(
@@ -229,10 +235,20 @@ class Qwen2(nnx.Module):
                 outs = list(lax.map(lambda xs: piece(*xs), (starts, q_CBTNH)))
             if whole * s < T:
                 outs.append(piece(whole * s, q_BTNH[:, whole * s :]))
-            return jnp.concatenate(outs, axis=1), cache
+            return jnp.concatenate(outs, axis=1)
+
+        def attend_all(
+            q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, cache: KVCache | None, layer: jax.Array
+        ) -> tuple[jax.Array, KVCache | None]:
+            arguments = q_BTNH, k_BTKH, v_BTKH, lengths_B
+            if spread is None:
+                return attend_rows(*arguments), cache
+            return spread.run(attend_rows, ("BTN", "BTK", "BTK", "B"), "BTN", *arguments), cache
 
         positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), tokens_BT.shape)
-        return self.run_layers(self.embed(tokens_BT), positions_BT, None, attend_all)[0]
+        x_BTD = self.embed(tokens_BT)
+        x_BTD = spread.place(x_BTD, "BT") if spread else x_BTD
+        return self.run_layers(x_BTD, positions_BT, None, attend_all)[0]
 
     def extend(
         self,
@@ -241,6 +257,7 @@ class Qwen2(nnx.Module):
         start: jax.Array,
         prompt_len_B: jax.Array,
         sparse: SparsePrefill | None = None,
+        first: jax.Array | int = 0,
     ) -> tuple[jax.Array, KVCache]:
         """One prefill piece: T tokens of every row from absolute position `start`, keys and values written to the cache.
 
@@ -250,28 +267,32 @@ class Qwen2(nnx.Module):
             start: int32 scalar, a value, not a shape.
             prompt_len_B: int32[B], each row's whole prompt: the L of the length temperature.
             sparse: makes prompts above its threshold sparse; None: all are dense.
+            first: int32 scalar, where the real tokens begin; tokens before it change nothing in the cache. It lies
+                past `start` only over a context axis, where `start` and T must be multiples of the spread's round.
 
         Returns:
-            (final hidden states [B, T, D], the cache with the piece in it).
+            (final hidden states [B, T, D] in the order that `row` tells, the cache with the piece in it).
         """
         positions_BT = jnp.broadcast_to(
             start + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape
         )
+        if self.spread and self.spread.blocks:
+            tokens_BT, positions_BT = (self.spread.blocks.deal(x, 1) for x in (tokens_BT, positions_BT))
         scale_B = self._score_scale(prompt_len_B, prompt_len_B)
 
         def attend_piece(
             q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, cache: KVCache | None, layer: jax.Array
         ) -> tuple[jax.Array, KVCache | None]:
             assert cache is not None
-            cache = write_chunk(cache, k_BTKH, v_BTKH, layer=layer, start=start)
-            out_BTNH = attend_prompts(
-                q_BTNH, cache.k, cache.v, sparse,
-                layer=layer, q_start=start, prompt_len_B=prompt_len_B, rotary=self.rotary, scale_B=scale_B,
-                backend=self.attention_backend,
+            return prefill_layer(
+                self.spread, q_BTNH, k_BTKH, v_BTKH, cache, sparse,
+                layer=layer, start=start, first=jnp.int32(first), prompt_len_B=prompt_len_B, scale_B=scale_B,
+                rotary=self.rotary, backend=self.attention_backend,
             )  # fmt: skip
-            return out_BTNH, cache
 
-        x_BTD, cache_out = self.run_layers(self.embed(tokens_BT), positions_BT, cache, attend_piece)
+        x_BTD = self.embed(tokens_BT)
+        x_BTD = self.spread.place(x_BTD, "BT") if self.spread else x_BTD
+        x_BTD, cache_out = self.run_layers(x_BTD, positions_BT, cache, attend_piece)
         assert cache_out is not None
         return x_BTD, cache_out
 
@@ -295,19 +316,23 @@ class Qwen2(nnx.Module):
             q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, cache: KVCache | None, layer: jax.Array
         ) -> tuple[jax.Array, KVCache | None]:
             assert cache is not None
-            cache = write_token(cache, k_BTKH[:, 0], v_BTKH[:, 0], layer=layer, positions_B=position_B)
-            out_BNH, _ = decode_attend(
-                q_BTNH[:, 0], cache.k, cache.v,
-                layer=layer, position_B=position_B, prompt_len_B=prompt_len_B,
-                rotary=self.rotary, scale_B=scale_B, backend=self.attention_backend,
+            out_BNH, cache = decode_layer(
+                self.spread, q_BTNH[:, 0], k_BTKH[:, 0], v_BTKH[:, 0], cache,
+                layer=layer, position_B=position_B, prompt_len_B=prompt_len_B, scale_B=scale_B,
+                rotary=self.rotary, backend=self.attention_backend,
             )  # fmt: skip
             return out_BNH[:, None], cache
 
-        x_BTD, cache_out = self.run_layers(
-            self.embed(token_B[:, None]), position_B[:, None], cache, attend_token
-        )
+        x_BTD = self.embed(token_B[:, None])
+        x_BTD = self.spread.place(x_BTD, "B") if self.spread else x_BTD
+        x_BTD, cache_out = self.run_layers(x_BTD, position_B[:, None], cache, attend_token)
         assert cache_out is not None
         return self.logits(x_BTD[:, 0]), cache_out
+
+    def row(self, t: jax.Array, rows: int) -> jax.Array:
+        """Where `extend` returns token t of a piece of `rows`."""
+        blocks = self.spread.blocks if self.spread else None
+        return blocks.dealt(t, rows) if blocks else t
 
     @property
     def rotary(self) -> Rotary:

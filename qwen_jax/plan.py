@@ -201,8 +201,7 @@ def _warnings(f: Footprint) -> tuple[str, ...]:
         found.append(f"the context is longer than the {limit:,} positions the model is made for")
     if f.mesh[DATA] > f.batch:
         found.append(f"data={f.mesh[DATA]} is more than the {f.batch} rows: devices stay idle")
-    planned = [f"{axis}={f.mesh[axis]}" for axis in (DATA, CONTEXT) if f.mesh[axis] > 1]
-    planned += ["an 8-bit cache"] * (DTYPE_BYTES[f.kv_dtype] == 1)
+    planned = ["an 8-bit cache"] * (DTYPE_BYTES[f.kv_dtype] == 1)
     planned += ["sparse prefill"] * (f.density < 1)
     if planned:
         found.append(f"planned for, but not built yet: {', '.join(planned)}")
@@ -212,7 +211,9 @@ def _warnings(f: Footprint) -> tuple[str, ...]:
 def _mesh(config: ModelConfig, devices: DeviceSet, wanted: Mapping[str, int] | str | None) -> dict[str, int]:
     widest = widest_tensor(config)
     best = math.gcd(devices.count, widest)
-    works = {DATA: 1, CONTEXT: devices.count // best, TENSOR: best}
+    s = config.dual_chunk.chunk_len if config.dual_chunk else 0
+    context = math.gcd(devices.count // best, s)
+    works = {DATA: devices.count // best // context, CONTEXT: context, TENSOR: best}
     if wanted is None:
         return works
     sizes = dict.fromkeys(AXES, 1) | (_parse_mesh(wanted) if isinstance(wanted, str) else dict(wanted))
@@ -228,6 +229,10 @@ def _mesh(config: ModelConfig, devices: DeviceSet, wanted: Mapping[str, int] | s
         raise PlanError(
             f"mesh {text}: tensor={sizes[TENSOR]} does not divide {config.num_heads} query heads, "
             f"{config.num_kv_heads} KV heads, the MLP and the vocabulary; {hint}"
+        )
+    if s % sizes[CONTEXT]:
+        raise PlanError(
+            f"mesh {text}: context={sizes[CONTEXT]} does not divide the chunk length {s} of dual chunk attention; {hint}"
         )
     return sizes
 

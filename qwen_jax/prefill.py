@@ -32,32 +32,42 @@ OnPiece = Callable[[int], None]
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """Positions [start, start + length) run as `padded` rows; the rows past `length` are padding."""
+    """Positions [start, start + length) run as `padded` rows, of which the first stands at `begin` <= start.
+
+    Rows before `start` and from start + length on are padding.
+    """
 
     start: int
     length: int
     padded: int
+    begin: int
 
 
-def default_chunk(config: ModelConfig) -> int:
+def default_chunk(config: ModelConfig, multiple: int = 1) -> int:
     """Tokens a chunk: the largest divisor of s up to 32,768 (31,744 for the 1M models), so that only the last piece is short.
 
     A chunk length with no useful divisor gives min(s, 32,768); without dual chunk attention it is 32,768.
+
+    Args:
+        multiple: the chunk must be a multiple of this, which divides s.
     """
+    most = MAX_CHUNK // multiple * multiple
     if config.dual_chunk is None:
-        return MAX_CHUNK
+        return most
     s = config.dual_chunk.chunk_len
-    best = max(chunk for chunk in range(1, min(s, MAX_CHUNK) + 1) if s % chunk == 0)
-    return best if 4 * best >= min(s, MAX_CHUNK) else min(s, MAX_CHUNK)
+    most = min(s, most)
+    best = max(chunk for chunk in range(multiple, most + 1, multiple) if s % chunk == 0)
+    return best if 4 * best >= most else most
 
 
-def bucket(length: int, chunk: int) -> int:
-    """Rows that `length` tokens run as: the next power of two from 128 on, at most a whole chunk."""
-    return min(chunk, max(MIN_BUCKET, 1 << (length - 1).bit_length()))
+def bucket(length: int, chunk: int, multiple: int = 1) -> int:
+    """Rows that `length` tokens run as: the next power of two from 128 on, rounded up to a multiple, at most a whole chunk."""
+    rows = max(MIN_BUCKET, 1 << (length - 1).bit_length())
+    return min(chunk, -(-rows // multiple) * multiple)
 
 
 def plan_pieces(
-    start: int, end: int, *, chunk: int, capacity: int, chunk_len: int | None = None
+    start: int, end: int, *, chunk: int, capacity: int, chunk_len: int | None = None, multiple: int = 1
 ) -> list[Piece]:
     """Splits positions [start, end) into pieces of at most `chunk` rows that do not straddle a multiple of `chunk_len`.
 
@@ -66,6 +76,7 @@ def plan_pieces(
         chunk: rows of a full piece.
         capacity: positions the cache holds; padding never reaches beyond it.
         chunk_len: s of dual chunk attention, or None.
+        multiple: pieces begin at multiples of this and have as many rows; it divides chunk, capacity and chunk_len.
 
     Raises:
         ValueError: end passes the capacity, or start > end.
@@ -74,19 +85,21 @@ def plan_pieces(
         raise ValueError(f"positions {start}..{end} do not fit a cache of {capacity}")
     pieces = []
     while start < end:
-        stop = min(end, start + chunk)
+        begin = start - start % multiple
+        stop = min(end, begin + chunk)
         if chunk_len:
             stop = min(stop, start - start % chunk_len + chunk_len)
-        pieces.append(Piece(start, stop - start, min(bucket(stop - start, chunk), capacity - start)))
+        rows = min(bucket(stop - begin, chunk, multiple), capacity - begin)
+        pieces.append(Piece(start, stop - start, rows, begin))
         start = stop
     return pieces
 
 
 def _piece_tokens(tokens_BT: np.ndarray, origin: int, piece: Piece) -> np.ndarray:
-    """The piece's columns of tokens_BT (whose column 0 is position `origin`), zero-padded to the bucket."""
-    first = piece.start - origin
+    """The piece's columns of tokens_BT (whose column 0 is position `origin`), zero-padded to its rows."""
+    first, before = piece.start - origin, piece.start - piece.begin
     cut = tokens_BT[:, first : first + piece.length]
-    return np.pad(cut, ((0, 0), (0, piece.padded - piece.length)))
+    return np.pad(cut, ((0, 0), (before, piece.padded - piece.length - before)))
 
 
 @functools.partial(jax.jit, static_argnames="graph", donate_argnames="cache")
@@ -99,13 +112,21 @@ def _prefill_piece(
     cache: KVCache,
     last_BD: jax.Array,
     sparse: SparsePrefill | None = None,
+    first: jax.Array | int = 0,
 ) -> tuple[jax.Array, KVCache]:
-    """Runs one piece; last_BD takes the hidden state of each row whose last prompt token lies in it."""
-    x_BTD, cache = nnx.merge(graph, params).extend(tokens_BT, cache, start, prompt_len_B, sparse)
+    """Runs one piece from `start` on; last_BD takes the hidden state of each row whose last prompt token lies in it.
+
+    first: int32 scalar, the first real position, see `Qwen2.extend`.
+    """
+    model = nnx.merge(graph, params)
+    x_BTD, cache = model.extend(tokens_BT, cache, start, prompt_len_B, sparse, first)
+    T = tokens_BT.shape[1]
     t_B = prompt_len_B - 1 - start
-    here_B = (t_B >= 0) & (t_B < tokens_BT.shape[1])
-    x_BD = jnp.take_along_axis(x_BTD, jnp.where(here_B, t_B, 0)[:, None, None], axis=1)[:, 0]
-    return jnp.where(here_B[:, None], x_BD, last_BD), cache
+    here_B = (t_B >= 0) & (t_B < T)
+    row_B = model.row(jnp.where(here_B, t_B, 0), T)
+    x_BD = jnp.take_along_axis(x_BTD, row_B[:, None, None], axis=1)[:, 0]
+    last_BD = jnp.where(here_B[:, None], x_BD, last_BD)
+    return model.spread.place(last_BD, "") if model.spread else last_BD, cache
 
 
 @functools.partial(jax.jit, static_argnames="graph")
@@ -123,11 +144,14 @@ def _score_piece(
     prompt_len_B: jax.Array,
     cache: KVCache,
     sparse: SparsePrefill | None = None,
+    first: jax.Array | int = 0,
 ) -> tuple[jax.Array, KVCache]:
     """Runs one piece and returns the log-probability of each row's target, float32[B, T]."""
     model = nnx.merge(graph, params)
-    x_BTD, cache = model.extend(tokens_BT, cache, start, prompt_len_B, sparse)
+    x_BTD, cache = model.extend(tokens_BT, cache, start, prompt_len_B, sparse, first)
     B, T, D = x_BTD.shape
+    if model.spread:
+        x_BTD = model.spread.place(x_BTD, "B")[:, model.row(jnp.arange(T), T)]
 
     def score(args: tuple[jax.Array, jax.Array]) -> jax.Array:
         x_D, target = args
@@ -135,7 +159,8 @@ def _score_piece(
         return logits_V[target] - jax.nn.logsumexp(logits_V)
 
     flat = lax.map(score, (x_BTD.reshape(B * T, D), targets_BT.reshape(B * T)), batch_size=_SCORE_ROWS)
-    return flat.reshape(B, T), cache
+    logp_BT = flat.reshape(B, T)
+    return model.spread.place(logp_BT, "") if model.spread else logp_BT, cache
 
 
 class Prefiller:
@@ -145,6 +170,7 @@ class Prefiller:
         graph, params: the model, split once.
         config: its config.
         chunk: tokens of a full piece.
+        multiple: positions that pieces begin at a multiple of, and caches hold a multiple of.
         sparse: what makes long prompts sparse, or None.
     """
 
@@ -159,6 +185,9 @@ class Prefiller:
         self.graph, self.params, self.config, self.sparse = graph, params, config, sparse
         # A piece ends at a multiple of s: a longer chunk would only pad it.
         self.chunk = min(chunk, config.dual_chunk.chunk_len) if config.dual_chunk else chunk
+        spread = nnx.merge(graph, params).spread
+        self.multiple = spread.round if spread else 1
+        assert self.chunk % self.multiple == 0, (self.chunk, self.multiple)
         placed: Any = params["embed"]["weight"][...]
         self.dtype = placed.dtype
         # On the weights' mesh, as every piece returns it: on another the first piece would compile a program of its own.
@@ -170,7 +199,9 @@ class Prefiller:
     def pieces(self, start: int, end: int, capacity: int) -> list[Piece]:
         """The plan for positions [start, end)."""
         s = self.config.dual_chunk.chunk_len if self.config.dual_chunk else None
-        return plan_pieces(start, end, chunk=self.chunk, capacity=capacity, chunk_len=s)
+        return plan_pieces(
+            start, end, chunk=self.chunk, capacity=capacity, chunk_len=s, multiple=self.multiple
+        )
 
     def run(
         self, tokens_BT: np.ndarray, prompt_len_B: np.ndarray, cache: KVCache, start: int = 0
@@ -190,7 +221,7 @@ class Prefiller:
         for piece in self.pieces(start, end, cache.capacity):
             last_BD, cache = _prefill_piece(
                 self.graph, self.params, jnp.asarray(_piece_tokens(tokens_BT, start, piece)),
-                jnp.int32(piece.start), lengths_B, cache, last_BD, sparse,
+                jnp.int32(piece.begin), lengths_B, cache, last_BD, sparse, jnp.int32(piece.start),
             )  # fmt: skip
             yield piece.start + piece.length - start, last_BD, cache
 
@@ -203,20 +234,23 @@ class Prefiller:
     ) -> np.ndarray:
         """Log-probability of each next token of one row after `start`: float32[T - 1 - start] from int32[T].
 
-        The cache holds positions below `start`; it is donated.
+        The cache holds positions below `start` of its first row; it is donated.
         """
         T = len(token_ids)
-        inputs, targets = token_ids[None, :-1], token_ids[None, 1:]
-        length_B = jnp.array([T], jnp.int32)  # as `model(tokens)`: the temperature is that of all T tokens
+        inputs, targets = (
+            np.pad(ids[None], ((0, cache.batch - 1), (0, 0))) for ids in (token_ids[:-1], token_ids[1:])
+        )
+        # As `model(tokens)`: the temperature is that of all T tokens. Rows after the first are empty.
+        length_B = jnp.zeros(cache.batch, jnp.int32).at[0].set(T)
         sparse = self.sparse if self.sparse and self.sparse.serves(np.array([T])) else None
         out = []
         for piece in self.pieces(start, T - 1, cache.capacity):
             logp_BT, cache = _score_piece(
                 self.graph, self.params,
                 jnp.asarray(_piece_tokens(inputs, 0, piece)), jnp.asarray(_piece_tokens(targets, 0, piece)),
-                jnp.int32(piece.start), length_B, cache, sparse,
+                jnp.int32(piece.begin), length_B, cache, sparse, jnp.int32(piece.start),
             )  # fmt: skip
-            out.append(np.asarray(logp_BT[0, : piece.length]))
+            out.append(np.asarray(logp_BT)[0, piece.start - piece.begin :][: piece.length])
             if on_piece:
                 on_piece(piece.start + piece.length - start)
         return np.concatenate(out)

@@ -22,6 +22,7 @@ from qwen_jax.convert.safetensors_io import TAGS, SafetensorsWriter, read_box, r
 from qwen_jax.convert.staging import staged
 from qwen_jax.errors import CheckpointError
 from qwen_jax.model import Qwen2
+from qwen_jax.processes import fetch
 
 _META, _DATA = "document.json", "cache.safetensors"
 
@@ -34,7 +35,7 @@ def owner(model: Qwen2) -> dict[str, object]:
         model.layers.input_norm.weight[...],
         model.norm.weight[...],
     ):
-        digest.update(np.ascontiguousarray(np.asarray(array, np.float32)).tobytes())
+        digest.update(np.ascontiguousarray(fetch(array).astype(np.float32)).tobytes())
     return {"config": _plain(dataclasses.asdict(model.config)), "weights": digest.hexdigest()}
 
 
@@ -44,7 +45,11 @@ def _plain(value: object) -> object:
 
 def save(document: Document, path: Path) -> None:
     """Writes the document; see `Document.save`."""
-    cache, length = document.cache, len(document)
+    if jax.process_count() > 1:
+        raise CheckpointError(
+            f"{path}: a document that is spread over several processes cannot be saved: save it from one"
+        )
+    cache, length, slots = document.cache, len(document), document.slots()
     L, _, K, _, H = cache.k.shape
     names = [f"{kind}.{layer}" for layer in range(L) for kind in ("k", "v")]
     meta = {"owner": document.owner, "dtype": cache.k.dtype.name, "token_ids": document.token_ids.tolist()}
@@ -55,7 +60,7 @@ def save(document: Document, path: Path) -> None:
             ) as writer:
                 for layer in range(L):
                     for kind, buffer in (("k", cache.k), ("v", cache.v)):
-                        writer.write(f"{kind}.{layer}", np.asarray(buffer[layer, 0, :, :length]))
+                        writer.write(f"{kind}.{layer}", np.asarray(buffer[layer, 0])[:, slots])
             (out / _META).write_text(json.dumps(meta), encoding="utf-8")
         except OSError as error:
             raise CheckpointError(f"{path}: the document could not be written: {error.strerror}") from None
@@ -89,7 +94,8 @@ def load(path: Path, model: Qwen2, dtype: np.dtype, new_cache: Callable[[int], K
     tensors = read_header(path / _DATA)
     L, _, K, _, H = cache_shape(model.config, 1, 0)
     shape = (K, len(token_ids), H)
-    cache = new_cache(len(token_ids))
+    document = Document(new_cache(len(token_ids)), token_ids, mine, model.spread)
+    slots, held = document.slots(), (K, document.cache.capacity, H)
     for layer in range(L):
         parts = []
         for name in (f"k.{layer}", f"v.{layer}"):
@@ -98,9 +104,11 @@ def load(path: Path, model: Qwen2, dtype: np.dtype, new_cache: Callable[[int], K
                 raise CheckpointError(
                     f"{path / _DATA}: tensor {name} is missing or is not {dtype.name} {list(shape)}"
                 )
-            parts.append(read_box(tensors[name], shape, tuple((0, n) for n in shape)))
-        cache = _put_layer(cache, jnp.asarray(parts[0]), jnp.asarray(parts[1]), jnp.int32(layer))
-    return Document(cache, token_ids, mine)
+            part = np.zeros(held, dtype)
+            part[:, slots] = read_box(tensors[name], shape, tuple((0, n) for n in shape))
+            parts.append(jnp.asarray(part))
+        document.cache = _put_layer(document.cache, *parts, jnp.int32(layer))
+    return document
 
 
 def _put(cache: KVCache, k_KSH: jax.Array, v_KSH: jax.Array, layer: jax.Array) -> KVCache:

@@ -1,7 +1,7 @@
 """Mesh axes, and the one table that says which dimension is split over which of them.
 
 data      independent sequences
-context   positions of one sequence
+context   positions of one sequence, dealt out in blocks (`kernels.blocks`)
 tensor    heads, MLP width, vocabulary
 """
 
@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import QwenJaxError
+from qwen_jax.kernels.blocks import Blocks
 from qwen_jax.params import params
 
 AXES = ("data", "context", "tensor")
@@ -35,8 +36,8 @@ class ShardingRules:
     """Mesh axis by dimension letter; None: every device holds the whole dimension."""
 
     B: str | None = DATA
-    T: str | None = None
-    S: str | None = None
+    T: str | None = CONTEXT
+    S: str | None = CONTEXT
     D: str | None = None
     F: str | None = TENSOR
     N: str | None = TENSOR
@@ -86,7 +87,8 @@ def full_mesh(mesh: Mesh | None = None) -> Mesh:
 
 
 def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
-    """Refuses a tensor axis that does not divide the model, and names a mesh of the same devices that works.
+    """Refuses a tensor axis that does not divide the model or a context axis that does not divide the chunk length s of dual
+    chunk attention, and names a mesh of the same devices that works.
 
     Raises:
         QwenJaxError: as said.
@@ -96,11 +98,38 @@ def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
     undivided = [f"{name}={sizes[letter]}" for letter, name in _SPLIT.items() if sizes[letter] % tensor]
     if undivided:
         works = math.gcd(tensor, widest_tensor(config))
-        context = shape[CONTEXT] * tensor // works
         raise QwenJaxError(
             f"tensor={tensor} does not divide {', '.join(undivided)}: "
-            f"use a mesh with context={context},tensor={works}"
+            f"use a mesh with {_works(config, shape[CONTEXT] * tensor // works, works)}"
         )
+    s = config.dual_chunk.chunk_len if config.dual_chunk else 0
+    if s % shape[CONTEXT]:
+        raise QwenJaxError(
+            f"context={shape[CONTEXT]} does not divide the chunk length {s} of dual chunk attention: "
+            f"use a mesh with {_works(config, shape[CONTEXT], tensor)}"
+        )
+
+
+def _works(config: ModelConfig, context: int, tensor: int) -> str:
+    """A mesh of context * tensor devices: what s of dual chunk attention leaves over goes to the axis data."""
+    fits = math.gcd(context, config.dual_chunk.chunk_len) if config.dual_chunk else context
+    rest = f"{DATA}={context // fits}," if fits < context else ""
+    return f"{rest}{CONTEXT}={fits},{TENSOR}={tensor}"
+
+
+def blocks_on(config: ModelConfig, mesh: Mesh) -> Blocks | None:
+    """How positions are dealt over the context axis of a mesh; None if that has one device.
+
+    Raises:
+        QwenJaxError: as `check_mesh`.
+    """
+    check_mesh(config, mesh)
+    count = mesh.shape.get(CONTEXT, 1)
+    return (
+        Blocks.fitting(count, config.dual_chunk.chunk_len if config.dual_chunk else None)
+        if count > 1
+        else None
+    )
 
 
 def shardings(

@@ -322,10 +322,3 @@ def test_plain_rope_does_not_go_beyond_the_models_positions(tmp_path: Path) -> N
     llm = LLM(folder, dca=DualChunk(256, 32), max_len=4096)
     assert llm.config.dual_chunk == DualChunk(256, 32)
     assert llm.generate([1] * 3000, SamplingParams(max_new_tokens=1)).prompt_tokens == 3000
-
-
-@pytest.mark.parametrize("axis", ["data", "context"])
-def test_mesh_axes_that_are_not_built_are_refused_by_name(axis: str) -> None:
-    mesh = jax.make_mesh((2, 1), (axis, "tensor"))
-    with pytest.raises(QwenJaxError, match=f"{axis}=2 in the mesh is not built yet"):
-        LLM(random_model(), mesh=mesh)

@@ -235,7 +235,7 @@ def test_eight_devices_answer_as_one() -> None:
     prompts = [np.random.default_rng(5).integers(1, WIDE.vocab_size, size=n) for n in (60, 7)]
     answers = []
     for model in (wide_model(), spread(wide_model(), (1, 2, 4))):
-        llm = LLM(model, max_len=128, prefill_chunk=16)
+        llm = LLM(model, max_len=128, prefill_chunk=32)
         out = llm.generate(prompts, SamplingParams(max_new_tokens=24, greedy=True, ignore_eos=True))
         answers.append([answer.token_ids for answer in out])
     assert answers[0] == answers[1]

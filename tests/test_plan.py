@@ -240,7 +240,6 @@ def test_a_matrix_unit_wider_than_a_head_halves_attention() -> None:
         (B7, "h100:8", 2, 4),
         (B14, "h100:16", 2, 8),
         (B05, "v5e:4x4", 8, 2),
-        (B7, "h200:3", 3, 1),
     ],
 )
 def test_the_mesh_it_chooses(model: ModelConfig, devices: str, context: int, tensor: int) -> None:
@@ -267,6 +266,14 @@ def test_meshes_that_are_refused(mesh: str | dict[str, int], message: str) -> No
 
 
 LONGEST_7B_ON_4_V5E = "819,000"
+
+
+def test_a_context_axis_divides_the_chunk_length() -> None:
+    assert plan(B7, 4096, "h200:24").mesh == {"data": 3, "context": 2, "tensor": 4}
+    with pytest.raises(
+        PlanError, match=r"context=3 does not divide the chunk length 253952 .*; data=3 works"
+    ):
+        plan(B7, 4096, "h200:3", mesh="context=3")
 
 
 def changed(made: Plan, model: ModelConfig, **change: object) -> Plan:
@@ -349,12 +356,11 @@ def test_warnings() -> None:
     assert made.warnings == (
         "the context is longer than the 32,768 positions the model is made for",
         "data=2 is more than the 1 rows: devices stay idle",
-        "planned for, but not built yet: data=2",
     )
     ahead = plan(
         B7, 4096, "h200:8", kv_dtype="int8", weight_dtype="fp8", density=0.1, mesh="context=2,tensor=4"
     )
-    assert ahead.warnings == ("planned for, but not built yet: context=2, an 8-bit cache, sparse prefill",)
+    assert ahead.warnings == ("planned for, but not built yet: an 8-bit cache, sparse prefill",)
     assert not plan(B7, 4096, "h200:1").warnings
 
 

@@ -48,8 +48,8 @@ def test_the_1m_models_run_31_full_chunks_and_one_bucket() -> None:
 def test_chunks_that_do_not_divide_s_are_split_at_its_multiples() -> None:
     pieces = plan_pieces(0, 1_010_000, chunk=32_768, capacity=1_010_176, chunk_len=S_1M)
     assert len(pieces) == 32
-    assert Piece(229_376, 24_576, 32_768) in pieces
-    assert Piece(253_952, 32_768, 32_768) in pieces
+    assert Piece(229_376, 24_576, 32_768, 229_376) in pieces
+    assert Piece(253_952, 32_768, 32_768, 253_952) in pieces
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def test_rules_read_like_the_shapes():
     assert rules.spec("VD") == PartitionSpec("tensor", None)
     assert rules.spec("LNHD") == PartitionSpec(None, "tensor", None, None)
     assert rules.spec("LDNH") == PartitionSpec(None, None, "tensor", None)
-    assert rules.spec("LBKSH") == PartitionSpec(None, "data", "tensor", None, None)
+    assert rules.spec("LBKSH") == PartitionSpec(None, "data", "tensor", "context", None)
     assert rules.tensor_axis("DF") == 1
     assert rules.tensor_axis("D") is None
     assert ShardingRules(V=None).spec("VD") == PartitionSpec(None, None)

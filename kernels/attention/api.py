@@ -9,14 +9,15 @@ from __future__ import annotations
 import jax
 
 from qwen_jax.kernels.attention import reference
-from qwen_jax.kernels.backends import Backend, dispatch, on_gpu, on_tpu
+from qwen_jax.kernels.backends import Backend, alone, dispatch, given, on_gpu, on_tpu
+from qwen_jax.kernels.blocks import Share
 from qwen_jax.kernels.quantised import expanding
 from qwen_jax.rope import Rotary
 
 BACKENDS: dict[str, Backend] = {
-    "mosaic_gpu": expanding(on_gpu("qwen_jax.kernels.attention.mosaic_gpu", "attend")),
-    "mosaic_tpu": expanding(on_tpu("qwen_jax.kernels.attention.mosaic_tpu", "attend")),
-    "cudnn": expanding(on_gpu("qwen_jax.kernels.attention.cudnn", "attend")),
+    "mosaic_gpu": expanding(alone(on_gpu("qwen_jax.kernels.attention.mosaic_gpu", "attend"))),
+    "mosaic_tpu": expanding(alone(on_tpu("qwen_jax.kernels.attention.mosaic_tpu", "attend"))),
+    "cudnn": expanding(alone(on_gpu("qwen_jax.kernels.attention.cudnn", "attend"))),
     "xla": expanding(reference.attend),
 }
 
@@ -33,9 +34,10 @@ def attend(
     scale_B: jax.Array,
     k_scale_LBKS: jax.Array | None = None,
     v_scale_LBKS: jax.Array | None = None,
+    share: Share | None = None,
     backend: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Softmax attention of T consecutive queries over the keys before them, with the positions of `rotary`.
+    """Softmax attention of T consecutive queries over the cached keys before them, with the positions of `rotary`.
 
     Query t of row b stands at absolute position i = q_start + t and sees key j iff j <= i and j < kv_len_B[b]; its score is
     scale_B[b] * <rotate(q, stage(i, j)), k_j>. The queries must not straddle a multiple of the rotary's chunk length s.
@@ -51,6 +53,7 @@ def attend(
         scale_B: float32[B], the factor on scores: 1 / sqrt(H) times the temperatures of the query and of the keys.
         k_scale_LBKS: float32, with a cache of int8 or float8_e4m3fn: what each key is to be multiplied by, [L, B, K, S].
         v_scale_LBKS: the same for values.
+        share: which positions are in the cache, S of its slots; None: slot and position are the same.
         backend: a name in BACKENDS, or None for the first that accepts.
 
     Returns:
@@ -60,8 +63,8 @@ def attend(
         NotImplementedError: the named backend, or every backend, refuses; the message holds the reasons.
         ValueError: no backend of that name.
     """
-    scales = {} if k_scale_LBKS is None else {"k_scale_LBKS": k_scale_LBKS, "v_scale_LBKS": v_scale_LBKS}
     return dispatch(
         "attention", BACKENDS, backend, q_BTNH, k_LBKSH, v_LBKSH,
-        layer=layer, q_start=q_start, kv_len_B=kv_len_B, rotary=rotary, scale_B=scale_B, **scales,
+        layer=layer, q_start=q_start, kv_len_B=kv_len_B, rotary=rotary, scale_B=scale_B,
+        **given(k_scale_LBKS=k_scale_LBKS, v_scale_LBKS=v_scale_LBKS, share=share),
     )  # fmt: skip

@@ -7,6 +7,7 @@ pass recomputes each tile pair from the saved lse (FlashAttention-2, arXiv 2307.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import dtypes, lax
 
+from qwen_jax.kernels.blocks import EVERYTHING, Share
 from qwen_jax.kernels.products import einsum
 from qwen_jax.rope import Rotary, Stage
 
@@ -29,10 +31,11 @@ class _Where(NamedTuple):
     layer: jax.Array
     q_start: jax.Array
     kv_len_B: jax.Array
+    share: Share
 
 
 class _KeyTile(NamedTuple):
-    """A key tile as one query tile sees it."""
+    """A key tile as one query tile sees it; `start` is a slot."""
 
     start: jax.Array
     k_BKSH: jax.Array
@@ -50,12 +53,14 @@ def attend(
     kv_len_B: jax.Array,
     rotary: Rotary,
     scale_B: jax.Array,
+    share: Share = EVERYTHING,
 ) -> tuple[jax.Array, jax.Array]:
     """See `kernels.attention.api.attend`. Differentiable in q, k, v and scale; takes any s, T and device."""
     B, T, N, H = q_BTNH.shape
     K = k_LBKSH.shape[2]
     G = N // K
-    where = _Where(jnp.int32(layer), jnp.int32(q_start), jnp.asarray(kv_len_B, jnp.int32))
+    share = dataclasses.replace(share, rank=jnp.int32(share.rank))
+    where = _Where(jnp.int32(layer), jnp.int32(q_start), jnp.asarray(kv_len_B, jnp.int32), share)
     i_T = where.q_start + jnp.arange(T, dtype=jnp.int32)
     q_PBTNH = jnp.stack([rotary.rotate_queries(q_BTNH, i_T, stage) for stage in _stages(rotary)])
 
@@ -171,17 +176,19 @@ def _walk(
     R, S = q_PBKRH.shape[3], k_LBKSH.shape[3]
     width = min(KEY_TILE, S)
     i_R = where.q_start + c * (R // group) + jnp.arange(R, dtype=jnp.int32) // group
-    end = jnp.minimum(jnp.minimum(i_R[-1] + 1, S), where.kv_len_B.max())
+    end = jnp.minimum(i_R[-1] + 1, where.kv_len_B.max())
     succ, intra = rotary.stage_starts(where.q_start)
     bounds = {Stage.INTER: (jnp.int32(0), succ), Stage.SUCC: (succ, intra), Stage.INTRA: (intra, end)}
     for p, stage in enumerate(_stages(rotary)):
-        lo, hi = bounds[stage][0], jnp.minimum(bounds[stage][1], end)
+        # Slots are in the order of their positions: a stage is a range of slots.
+        lo, hi = (jnp.minimum(where.share.below(jnp.minimum(x, end)), S) for x in bounds[stage])
 
         def visit(n: jax.Array, state: Any, p: int = p, lo: jax.Array = lo, hi: jax.Array = hi) -> Any:
             first = lo + n * width
             start = jnp.minimum(first, S - width)  # dynamic_slice would move a tile that overhangs the cache
-            j_S = start + jnp.arange(width, dtype=jnp.int32)
-            inside_S = (j_S >= first) & (j_S < hi)
+            slot_S = start + jnp.arange(width, dtype=jnp.int32)
+            inside_S = (slot_S >= first) & (slot_S < hi)
+            j_S = where.share.position(slot_S)
             visible_BRS = inside_S & (j_S <= i_R[:, None]) & (j_S < where.kv_len_B[:, None, None])
             k_BKSH, v_BKSH = (read_tile(x, where.layer, start, width) for x in (k_LBKSH, v_LBKSH))
             return step(p, _KeyTile(start, k_BKSH, v_BKSH, visible_BRS), state)
@@ -191,7 +198,7 @@ def _walk(
 
 
 def read_tile(x_LBKSH: jax.Array, layer: jax.Array, start: jax.Array, width: int) -> jax.Array:
-    """Positions [start, start + width) of one layer, [B, K, width, H]."""
+    """Slots [start, start + width) of one layer, [B, K, width, H]."""
     _, B, K, _, H = x_LBKSH.shape
     return lax.dynamic_slice(x_LBKSH, (layer, 0, 0, start, 0), (1, B, K, width, H))[0]
 

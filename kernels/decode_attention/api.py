@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import jax
 
-from qwen_jax.kernels.backends import Backend, dispatch, on_gpu
+from qwen_jax.kernels.backends import Backend, alone, dispatch, given, on_gpu
+from qwen_jax.kernels.blocks import Share
 from qwen_jax.kernels.decode_attention import reference
 from qwen_jax.kernels.quantised import expanding
 from qwen_jax.rope import Rotary
 
 BACKENDS: dict[str, Backend] = {
-    "mosaic_gpu": on_gpu("qwen_jax.kernels.decode_attention.mosaic_gpu", "decode_attend"),
+    "mosaic_gpu": alone(on_gpu("qwen_jax.kernels.decode_attention.mosaic_gpu", "decode_attend")),
     "xla": expanding(reference.decode_attend),
 }
 
@@ -27,9 +28,10 @@ def decode_attend(
     scale_B: jax.Array,
     k_scale_LBKS: jax.Array | None = None,
     v_scale_LBKS: jax.Array | None = None,
+    share: Share | None = None,
     backend: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention of one query a row, each at its own position, over all keys j <= position_B[b].
+    """Attention of one query a row, each at its own position, over all keys j <= position_B[b] that the cache holds.
 
     The score of key j is scale_B[b] * m_j * <rotate(q, stage), k_j>, m_j the temperature the key is entitled to:
     m(prompt_len_B[b]) for a key of the prompt, m(j + 1) for a generated one (`algorithms.md` 3.2).
@@ -45,6 +47,7 @@ def decode_attend(
         scale_B: float32[B], 1 / sqrt(H) times the query's temperature m(position + 1).
         k_scale_LBKS: float32, with a cache of int8 or float8_e4m3fn: what each key is to be multiplied by, [L, B, K, S].
         v_scale_LBKS: the same for values.
+        share: which positions are in the cache, S of its slots; None: slot and position are the same.
         backend: a name in BACKENDS, or None for the first that accepts.
 
     Returns:
@@ -54,8 +57,8 @@ def decode_attend(
         NotImplementedError: the named backend, or every backend, refuses; the message holds the reasons.
         ValueError: no backend of that name.
     """
-    scales = {} if k_scale_LBKS is None else {"k_scale_LBKS": k_scale_LBKS, "v_scale_LBKS": v_scale_LBKS}
     return dispatch(
         "decode attention", BACKENDS, backend, q_BNH, k_LBKSH, v_LBKSH,
-        layer=layer, position_B=position_B, prompt_len_B=prompt_len_B, rotary=rotary, scale_B=scale_B, **scales,
+        layer=layer, position_B=position_B, prompt_len_B=prompt_len_B, rotary=rotary, scale_B=scale_B,
+        **given(k_scale_LBKS=k_scale_LBKS, v_scale_LBKS=v_scale_LBKS, share=share),
     )  # fmt: skip

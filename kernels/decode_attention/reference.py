@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qwen_jax.kernels.attention.reference import read_tile
+from qwen_jax.kernels.blocks import EVERYTHING, Share
 from qwen_jax.kernels.products import einsum
 from qwen_jax.rope import Rotary, Stage, temperature
 
@@ -28,6 +29,7 @@ def decode_attend(
     prompt_len_B: jax.Array,
     rotary: Rotary,
     scale_B: jax.Array,
+    share: Share = EVERYTHING,
 ) -> tuple[jax.Array, jax.Array]:
     """See `kernels.decode_attention.api.decode_attend`. Takes any s, any cache capacity, any device."""
     B, N, H = q_BNH.shape
@@ -44,7 +46,8 @@ def decode_attend(
     def visit(n: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
         out, peak, total = state
         start = jnp.minimum(n * width, S - width)  # dynamic_slice would move a tile that overhangs the cache
-        j_S = start + jnp.arange(width, dtype=jnp.int32)
+        slot_S = start + jnp.arange(width, dtype=jnp.int32)
+        j_S = share.position(slot_S)
         k_BKSH, v_BKSH = (read_tile(x, jnp.int32(layer), start, width) for x in (k_LBKSH, v_LBKSH))
         s_BKPGS = einsum("BKPGH,BKSH->BKPGS", q_BKPGH, k_BKSH)
         s_BKGS = s_BKPGS[:, :, 0]
@@ -56,7 +59,7 @@ def decode_attend(
                 *(s_BKPGS[:, :, stage] for stage in stages),
             )
         scale_BS = scale_B[:, None] * key_temperature(j_S, prompt_len_B, rotary)
-        visible_BS = (j_S >= n * width) & (j_S <= position_B[:, None])
+        visible_BS = (slot_S >= n * width) & (j_S <= position_B[:, None])
         s_BKGS = jnp.where(visible_BS[:, None, None], s_BKGS * scale_BS[:, None, None], -jnp.inf)
         new_peak = jnp.maximum(peak, s_BKGS.max(-1))
         base = jnp.where(jnp.isneginf(new_peak), 0.0, new_peak)
@@ -66,7 +69,7 @@ def decode_attend(
         return out * shrink[..., None] + pv, new_peak, total * shrink + p_BKGS.sum(-1)
 
     init = (jnp.zeros((B, K, G, H)), jnp.full((B, K, G), -jnp.inf), jnp.zeros((B, K, G)))
-    tiles = -(-jnp.minimum(position_B.max() + 1, S) // width)
+    tiles = -(-jnp.minimum(share.below(position_B.max() + 1), S) // width)
     out, peak, total = lax.fori_loop(0, tiles, visit, init)
     empty = total == 0
     total = jnp.where(empty, 1.0, total)

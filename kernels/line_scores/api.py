@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.kernels.backends import Backend, dispatch
+from qwen_jax.kernels.blocks import EVERYTHING, Share
 from qwen_jax.kernels.line_scores import reference
 from qwen_jax.rope import Rotary
 
@@ -26,11 +27,13 @@ def line_scores(
     rotary: Rotary,
     scale_B: jax.Array,
     last_queries: int = LAST_QUERIES,
+    first: jax.Array | int | None = None,
+    share: Share | None = None,
     backend: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Column and diagonal sums of the attention of a piece's last real queries (`algorithms.md` 4.3).
 
-    The piece of row b ends at e = min(q_start + T, kv_len_B[b]); its last min(last_queries, e - q_start) queries count. Their
+    The piece of row b ends at e = min(q_start + T, kv_len_B[b]); its last min(last_queries, e - first) queries count. Their
     attention A is one softmax over all keys j <= i, at the rotary's critical positions. A column's score is the sum of A
     over rows, the score of the diagonal at distance d the sum of A[i, i - d].
 
@@ -42,12 +45,15 @@ def line_scores(
         rotary: positions, static.
         scale_B: float32[B], the factor on scores.
         last_queries: most queries that count, static.
+        first: int32 scalar, the first query that is real; None: q_start.
+        share: which positions are in the cache; None: slot and position are the same. The softmax is still over all keys: the
+            devices meet over the share's axis.
         backend: a name in BACKENDS, or None for the first that accepts.
 
     Returns:
-        (columns float32[B, N, S] by key position j, diagonals float32[B, N, S] by distance d = i - j). The first 30
-        columns and the 100 nearest diagonals are +inf, what lies at or beyond e is -inf. A row that has no real query in
-        the piece is -inf throughout.
+        (columns float32[B, N, S] by slot of key j, diagonals float32[B, N, positions] by distance d = i - j, of this device's
+        keys: over several devices diagonals are to be added up). The first 30 columns and the 100 nearest diagonals
+        are +inf, what lies at or beyond e is -inf. A row that has no real query in the piece is -inf throughout.
 
     Raises:
         NotImplementedError: the named backend, or every backend, refuses; the message holds the reasons.
@@ -57,15 +63,21 @@ def line_scores(
         raise ValueError(f"last_queries must be at least 1, got {last_queries}")
     T, S = q_BTNH.shape[1], k_LBKSH.shape[3]
     q_start = jnp.int32(q_start)
+    first = q_start if first is None else jnp.int32(first)
     end_B = jnp.minimum(q_start + T, jnp.asarray(kv_len_B, jnp.int32))
     sums = dispatch(
         "line scores", BACKENDS, backend, q_BTNH, k_LBKSH,
         layer=jnp.int32(layer), q_start=q_start, end_B=end_B, rotary=rotary, scale_B=scale_B, last_queries=last_queries,
+        **({} if share is None else {"first": first, "share": share}),
     )  # fmt: skip
-    seen_B1S = jnp.arange(S, dtype=jnp.int32) < jnp.where(end_B > q_start, end_B, 0)[:, None, None]
+    last_B11 = jnp.where(end_B > first, end_B, 0)[:, None, None]
 
-    def forced(sums_BNS: jax.Array, first: int) -> jax.Array:
-        sums_BNS = jnp.where(jnp.arange(S) < first, jnp.inf, sums_BNS)
-        return jnp.where(seen_B1S, sums_BNS, -jnp.inf)
+    def forced(sums_BNS: jax.Array, lines_S: jax.Array, nearest: int) -> jax.Array:
+        sums_BNS = jnp.where(lines_S < nearest, jnp.inf, sums_BNS)
+        return jnp.where(lines_S < last_B11, sums_BNS, -jnp.inf)
 
-    return forced(sums[0], FORCED_COLUMNS), forced(sums[1], FORCED_DIAGONALS)
+    share = share or EVERYTHING
+    slots, distances = jnp.arange(S, dtype=jnp.int32), jnp.arange(share.capacity(S), dtype=jnp.int32)
+    return forced(sums[0], share.position(slots), FORCED_COLUMNS), forced(
+        sums[1], distances, FORCED_DIAGONALS
+    )

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import jax
 
-from qwen_jax.kernels.backends import Backend, dispatch, on_gpu
+from qwen_jax.kernels.backends import Backend, alone, dispatch, given, on_gpu
+from qwen_jax.kernels.blocks import Share
 from qwen_jax.kernels.sparse_attention import reference
 from qwen_jax.kernels.sparse_attention.bands import BAND
 from qwen_jax.rope import Rotary
 
 BACKENDS: dict[str, Backend] = {
-    "mosaic_gpu": on_gpu("qwen_jax.kernels.sparse_attention.mosaic_gpu", "attend_lines"),
+    "mosaic_gpu": alone(on_gpu("qwen_jax.kernels.sparse_attention.mosaic_gpu", "attend_lines")),
     "xla": reference.attend_lines,
 }
 
@@ -32,6 +33,7 @@ def attend_lines(
     rotary: Rotary,
     scale_B: jax.Array,
     band: int = BAND,
+    share: Share | None = None,
     backend: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Softmax attention as `kernels.attention.api.attend`, over exactly the keys of some columns and bands.
@@ -43,14 +45,15 @@ def attend_lines(
     Args:
         q_BTNH: queries, not rotated, [B, T, N, H].
         k_LBKSH, v_LBKSH: keys, rotated at j mod s, and values of all layers, [L, B, K, S, H].
-        columns_BNS: bool[B, N, S], by key position.
-        bands_BNM: bool[B, N, M], by tile distance; M = ceil(S / band).
+        columns_BNS: bool[B, N, S], by slot of the key.
+        bands_BNM: bool[B, N, M], by tile distance; M = ceil(positions / band).
         most_columns: no head has more columns than this, static; columns beyond it would be left out.
         layer, q_start: int32 scalars, values, not shapes.
         kv_len_B: int32[B], tokens of each row that are real.
         rotary: positions, static.
         scale_B: float32[B], the factor on scores.
         band: positions a tile, static.
+        share: which positions are in the cache, S of its slots; None: slot and position are the same.
         backend: a name in BACKENDS, or None for the first that accepts.
 
     Returns:
@@ -64,5 +67,5 @@ def attend_lines(
     return dispatch(
         "sparse attention", BACKENDS, backend, q_BTNH, k_LBKSH, v_LBKSH,
         columns_BNS=columns_BNS, bands_BNM=bands_BNM, most_columns=most_columns, layer=layer, q_start=q_start,
-        kv_len_B=kv_len_B, rotary=rotary, scale_B=scale_B, band=band,
+        kv_len_B=kv_len_B, rotary=rotary, scale_B=scale_B, band=band, **given(share=share),
     )  # fmt: skip

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qwen_jax.kernels.blocks import EVERYTHING, Share
 from qwen_jax.kernels.products import einsum
 from qwen_jax.kernels.sparse_attention.bands import BAND
 from qwen_jax.rope import Rotary
@@ -52,6 +53,7 @@ def attend_lines(
     rotary: Rotary,
     scale_B: jax.Array,
     band: int = BAND,
+    share: Share = EVERYTHING,
 ) -> tuple[jax.Array, jax.Array]:
     """See `kernels.sparse_attention.api.attend_lines`; takes any s, T, start, band and device."""
     B, T, N, H = q_BTNH.shape
@@ -71,9 +73,9 @@ def attend_lines(
     def one_head(xs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         x, q_CPTH, columns_S, bands_M = xs
         b, kv_head = x // N, x % N // (N // K)
-        end = jnp.minimum(jnp.minimum(kv_len_B[b], S), q_start + T)
+        end = jnp.minimum(jnp.minimum(kv_len_B[b], share.capacity(S)), q_start + T)
         head = _Head.of(
-            k_LBKSH, v_LBKSH, (layer, b, kv_head), columns_S, bands_M, band, min(most_columns, S), end
+            k_LBKSH, v_LBKSH, (layer, b, kv_head), columns_S, bands_M, band, min(most_columns, S), end, share
         )
 
         def one_tile(xs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -99,11 +101,12 @@ class _Head(NamedTuple):
 
     Attributes:
         k_LBKSH, v_LBKSH, where: the cache, and the (layer, row, KV head) to read.
-        end: keys there are.
-        column_S: bool, the chosen columns among them.
+        end: keys there are, on all devices.
+        column_S: bool, the chosen columns among them, by slot.
         bands_M: bool, tile distances to compute.
         band: positions a tile.
-        j_C, k_CH, v_CH: positions, keys and values of the columns in key order; S and anything past the last.
+        share: which positions the cache holds.
+        j_C, k_CH, v_CH: positions, keys and values of the columns in key order; past the last, `end` and anything.
     """
 
     k_LBKSH: jax.Array
@@ -113,6 +116,7 @@ class _Head(NamedTuple):
     column_S: jax.Array
     bands_M: jax.Array
     band: int
+    share: Share
     j_C: jax.Array
     k_CH: jax.Array
     v_CH: jax.Array
@@ -128,13 +132,15 @@ class _Head(NamedTuple):
         band: int,
         most_columns: int,
         end: jax.Array,
+        share: Share,
     ) -> _Head:
         S = k_LBKSH.shape[3]
-        column_S = columns_S & (jnp.arange(S) < end)
+        column_S = columns_S & (share.position(jnp.arange(S, dtype=jnp.int32)) < end)
         # One batch more than there can be columns: a batch read from any place stays inside.
-        (j_C,) = jnp.nonzero(column_S, size=most_columns + BATCH, fill_value=S)
-        k_CH, v_CH = (x[*where].at[j_C].get(mode="clip") for x in (k_LBKSH, v_LBKSH))
-        return cls(k_LBKSH, v_LBKSH, where, end, column_S, bands_M, band, j_C.astype(jnp.int32), k_CH, v_CH)
+        slot_C = jnp.nonzero(column_S, size=most_columns + BATCH, fill_value=S)[0].astype(jnp.int32)
+        k_CH, v_CH = (x[*where].at[slot_C].get(mode="clip") for x in (k_LBKSH, v_LBKSH))
+        j_C = jnp.where(slot_C < S, share.position(slot_C), end)
+        return cls(k_LBKSH, v_LBKSH, where, end, column_S, bands_M, band, share, j_C, k_CH, v_CH)
 
     def attend(
         self, q_PTH: jax.Array, c: jax.Array, q_start: jax.Array, rotary: Rotary, scale: jax.Array
@@ -161,12 +167,18 @@ class _Head(NamedTuple):
         total = jnp.where(empty, 1.0, state.total)
         return state.out / total[:, None], jnp.where(empty, -jnp.inf, state.peak + jnp.log(total))
 
+    @property
+    def width(self) -> int:
+        """Slots of a key tile: consecutive positions of one tile of `band`."""
+        return min(self.band, self.share.blocks.size, self.k_LBKSH.shape[3])
+
     def _tiles(self, c: jax.Array) -> jax.Array:
-        """The key tiles in the bands of query tile c, ascending, then M."""
-        M = len(self.bands_M)
-        apart_M = c - jnp.arange(M, dtype=jnp.int32)
-        in_band = (self.bands_M[jnp.maximum(apart_M, 0)] & (apart_M > 0)) | (apart_M == 0)
-        return jnp.nonzero(in_band, size=M, fill_value=M)[0].astype(jnp.int32)
+        """The key tiles W in the bands of query tile c, ascending, then as many as there are."""
+        W = -(-self.k_LBKSH.shape[3] // self.width)
+        starts_W = self.share.position(jnp.arange(W, dtype=jnp.int32) * self.width)
+        apart_W = c - starts_W // self.band
+        in_band = (self.bands_M[jnp.maximum(apart_W, 0)] & (apart_W > 0)) | (apart_W == 0)
+        return jnp.nonzero(in_band, size=W, fill_value=W)[0].astype(jnp.int32)
 
     def _walk_columns(self, add: _Add, lo: jax.Array, hi: jax.Array, state: _Softmax) -> _Softmax:
         first, stop = (self.j_C < lo).sum(), (self.j_C < hi).sum()
@@ -181,16 +193,16 @@ class _Head(NamedTuple):
         return lax.fori_loop(0, -(-jnp.maximum(stop - first, 0) // BATCH), visit, state)
 
     def _walk_tiles(
-        self, add: _Add, tiles_M: jax.Array, lo: jax.Array, hi: jax.Array, state: _Softmax
+        self, add: _Add, tiles_W: jax.Array, lo: jax.Array, hi: jax.Array, state: _Softmax
     ) -> _Softmax:
-        (S, H), M = self.k_LBKSH.shape[3:], len(self.bands_M)
-        width = min(self.band, S)
-        together = min(max(BATCH // width, 1), M)
-        first, stop = (tiles_M < lo // width).sum(), (tiles_M * width < hi).sum()
-        padded_M = jnp.pad(tiles_M, (0, together), constant_values=M)
+        (S, H), W, width = self.k_LBKSH.shape[3:], len(tiles_W), self.width
+        together = min(max(BATCH // width, 1), W)
+        lo, hi = self.share.below(lo), self.share.below(hi)
+        first, stop = (tiles_W < lo // width).sum(), (tiles_W * width < hi).sum()
+        padded_W = jnp.pad(tiles_W, (0, together), constant_values=W)
 
         def visit(n: jax.Array, state: _Softmax) -> _Softmax:
-            chosen_G = lax.dynamic_slice_in_dim(padded_M, first + n * together, together)
+            chosen_G = lax.dynamic_slice_in_dim(padded_W, first + n * together, together)
             start_G = jnp.minimum(chosen_G * width, S - width)  # the last tile may overhang the cache
 
             def read(x_LBKSH: jax.Array) -> jax.Array:
@@ -200,9 +212,10 @@ class _Head(NamedTuple):
 
                 return jax.vmap(one)(start_G).reshape(-1, H)
 
-            j_GS = start_G[:, None] + jnp.arange(width, dtype=jnp.int32)
-            counts_GS = (j_GS >= chosen_G[:, None] * width) & ~self.column_S[j_GS]
-            batch = _Batch(read(self.k_LBKSH), read(self.v_LBKSH), j_GS.reshape(-1), counts_GS.reshape(-1))
+            slot_GS = start_G[:, None] + jnp.arange(width, dtype=jnp.int32)
+            counts_GS = (slot_GS >= chosen_G[:, None] * width) & ~self.column_S[slot_GS]
+            j_S = self.share.position(slot_GS).reshape(-1)
+            batch = _Batch(read(self.k_LBKSH), read(self.v_LBKSH), j_S, counts_GS.reshape(-1))
             return add(batch, state)
 
         return lax.fori_loop(0, -(-jnp.maximum(stop - first, 0) // together), visit, state)

@@ -37,6 +37,9 @@ Read it now, ask later:
 
 Token ids in, token ids out, without a tokenizer:
 [cyan]qwen-jax generate ckpt/ --token-ids 9707,11,1879 --max-new-tokens 8 --greedy[/cyan]
+
+On two machines of four GPUs each, under Slurm (docs/pods.md has the others):
+[cyan]srun -n 8 qwen-jax generate ckpt/ --prompt-file book.txt --mesh context=2,tensor=4 --distributed[/cyan]
 """
 
 _PROMPT = "Prompt"
@@ -116,6 +119,10 @@ def command(
     sparsity: model.Sparsity = None,
     dca: model.Dca = None,
     mesh: model.Mesh = None,
+    distributed: model.Distributed = False,
+    coordinator: model.Coordinator = None,
+    num_processes: model.NumProcesses = None,
+    process_id: model.ProcessId = None,
 ) -> None:
     """Continue a text, or answer questions about a document.
 
@@ -139,6 +146,7 @@ def command(
         stop=stop,
         ignore_eos=ignore_eos,
     )
+    model.join(distributed, coordinator, num_processes, process_id, mesh)
     llm = model.load(
         path,
         max_len=max_len,
@@ -166,7 +174,7 @@ def command(
         document = llm.load_prefix(prefix)
         if llm.tokenizer:
             frame = frame_of(document, llm.tokenizer, frame)
-        typer.echo(f"{prefix}: {len(document):,} tokens", err=True)
+        model.note(f"{prefix}: {len(document):,} tokens")
     else:
         assert text is not None
         ids = llm.token_ids(frame.document(text) if isinstance(text, str) else text)
@@ -174,7 +182,7 @@ def command(
         document = _prefill(llm, ids)
     if save_prefix is not None:
         document.save(save_prefix)
-        typer.echo(f"{save_prefix}: saved", err=True)
+        model.note(f"{save_prefix}: saved")
     if prefix is not None and text is not None:  # a continuation of the saved document
         _answer(llm, text, params, document, anew=anew, as_ids=token_ids is not None, stream=stream)
     _answer_all(llm, questions, params, document, frame, anew, stream)
@@ -239,7 +247,7 @@ def _prefill(llm: LLM, ids: np.ndarray) -> Document:
     jax.block_until_ready(document.cache)
     seconds = time.perf_counter() - start
     speed = len(document) / seconds
-    typer.echo(f"document: {len(document):,} tokens in {seconds:.2f} s ({speed:,.0f} a second)", err=True)
+    model.note(f"document: {len(document):,} tokens in {seconds:.2f} s ({speed:,.0f} a second)")
     return document
 
 
@@ -254,7 +262,7 @@ def _answer_all(
 ) -> None:
     for number, text in enumerate(questions):
         if len(questions) > 1:
-            typer.echo(("\n" if number else "") + f"> {text}", err=True)
+            model.note(("\n" if number else "") + f"> {text}")
         _answer(llm, frame.question(text), params, document, anew=anew, stream=stream)
 
 
@@ -288,8 +296,7 @@ def _answer(
         typer.echo("" if stream else answer.text)
     seconds, count = time.perf_counter() - start, len(answer.token_ids)
     begun = "" if first is None else f", the first text after {first:.2f} s"
-    typer.echo(
+    model.note(
         f"{answer.prompt_tokens:,} tokens of prompt, {count:,} new in {seconds:.2f} s ({count / seconds:.1f} a second)"
-        f"{begun}; ended by {answer.finish_reason}",
-        err=True,
+        f"{begun}; ended by {answer.finish_reason}"
     )

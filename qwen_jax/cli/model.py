@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from qwen_jax.sampling import SamplingParams
 
 _MODEL, _SAMPLING = "Model", "Sampling (what is left out comes from generation_config.json)"
+_PROCESSES = "Several processes (start the same command on every machine)"
 
 Path = Annotated[
     str, typer.Argument(metavar="PATH", help="A Hugging Face folder, a converted folder or a hub id.")
@@ -74,11 +77,27 @@ Mesh = Annotated[
     str | None,
     typer.Option(
         metavar="AXIS=N,...",
-        help="Spread the model over devices: tensor=4.",
+        help="Spread the model over devices: context=2,tensor=4.",
         rich_help_panel=_MODEL,
         show_default="one device",
     ),
 ]
+
+Distributed = Annotated[
+    bool,
+    typer.Option(
+        "--distributed",
+        help="This is one of several processes; --mesh is over the devices of all. Slurm, Open MPI, Kubernetes and Cloud "
+        "TPUs say which; elsewhere give the three options below.",
+        rich_help_panel=_PROCESSES,
+    ),
+]
+Coordinator = Annotated[
+    str | None,
+    typer.Option(metavar="HOST:PORT", help="Where process 0 listens.", rich_help_panel=_PROCESSES),
+]
+NumProcesses = Annotated[int | None, typer.Option(help="How many there are.", rich_help_panel=_PROCESSES)]
+ProcessId = Annotated[int | None, typer.Option(help="Which this is; 0 prints.", rich_help_panel=_PROCESSES)]
 
 MaxNewTokens = Annotated[int | None, typer.Option(help="Most tokens to answer.", rich_help_panel=_SAMPLING)]
 Greedy = Annotated[
@@ -103,6 +122,39 @@ IgnoreEos = Annotated[
 ]
 
 
+def join(
+    distributed: bool,
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    mesh: str | None,
+) -> None:
+    """Joins the other processes where --distributed asks for it; all but the first then keep their answers to themselves."""
+    given = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
+    if not distributed:
+        if wrong := [name for name, value in given.items() if value is not None]:
+            raise options.OptionError(f"{wrong[0]} goes with --distributed")
+        return
+    if mesh is None:
+        raise options.OptionError(
+            "--distributed needs --mesh: how the devices of all processes share the work"
+        )
+
+    from qwen_jax.processes import is_first, join
+
+    join(coordinator, num_processes, process_id)
+    if not is_first():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (to the end of the process)
+
+
+def note(text: str) -> None:
+    """A line about the run, on stderr; of several processes the first prints it."""
+    from qwen_jax.processes import is_first
+
+    if is_first():
+        typer.echo(text, err=True)
+
+
 def load(
     path: str,
     *,
@@ -121,6 +173,7 @@ def load(
     options.check_dtype(dtype)
 
     from qwen_jax.llm import LLM
+    from qwen_jax.processes import is_first
 
     return LLM(
         path,
@@ -133,7 +186,7 @@ def load(
         sparsity=sparsity,
         dca=dual_chunk,
         mesh=options.mesh(mesh),
-        progress=True,
+        progress=is_first(),
     )
 
 

@@ -65,6 +65,10 @@ def mesh(text: str | None) -> Mesh | None:
     from jax.sharding import Mesh
 
     devices, needed = jax.devices(), math.prod(sizes.values())
+    if needed < len(devices) and jax.process_count() > 1:
+        raise OptionError(
+            f"--mesh {text}: is of {needed} devices, and these {jax.process_count()} processes have {len(devices)}: use all"
+        )
     if needed > len(devices):
         raise OptionError(f"--mesh {text}: needs {needed} devices, there are {len(devices)}")
     return Mesh(np.array(devices[:needed]).reshape(list(sizes.values())), tuple(sizes))

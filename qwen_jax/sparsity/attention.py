@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from qwen_jax.kernels.attention.api import attend
+from qwen_jax.kernels.blocks import Share
 from qwen_jax.kernels.line_scores.api import line_scores
 from qwen_jax.kernels.sparse_attention.api import attend_lines
 from qwen_jax.kernels.sparse_attention.bands import bands_of
@@ -84,28 +87,71 @@ def attend_prompts(
     prompt_len_B: jax.Array,
     rotary: Rotary,
     scale_B: jax.Array,
+    first: jax.Array | None = None,
+    share: Share | None = None,
     backend: str | None = None,
-) -> jax.Array:
-    """The output [B, T, N, H] of `kernels.attention.api.attend`, over chosen lines in rows that `sparse` makes sparse.
+) -> tuple[jax.Array, jax.Array]:
+    """(out [B, T, N, H], lse [B, T, N]) of `kernels.attention.api.attend`, over chosen lines in rows that are sparse.
 
     Arguments as there; prompt_len_B int32[B] is each row's whole prompt, in tokens; `backend` is that of dense attention.
+    `first` is the first query that is real, by default q_start. With a share the lines are those that all keys would give.
     """
-    common: dict[str, Any] = {"layer": layer, "q_start": q_start, "rotary": rotary, "scale_B": scale_B}
+    first = q_start if first is None else first
+    common: dict[str, Any] = {
+        "layer": layer, "q_start": q_start, "rotary": rotary, "scale_B": scale_B, "share": share
+    }  # fmt: skip
     if sparse is None:
-        return attend(q_BTNH, k_LBKSH, v_LBKSH, kv_len_B=prompt_len_B, backend=backend, **common)[0]
+        return attend(q_BTNH, k_LBKSH, v_LBKSH, kv_len_B=prompt_len_B, backend=backend, **common)
     long_B = prompt_len_B > sparse.threshold
     # A row of no keys costs nothing: each half does the rows of the other kind for free.
     sparse_len_B, dense_len_B = jnp.where(long_B, prompt_len_B, 0), jnp.where(long_B, 0, prompt_len_B)
     columns_BNS, diagonals_BNS = line_scores(
-        q_BTNH, k_LBKSH, kv_len_B=sparse_len_B, last_queries=sparse.last_queries, **common
+        q_BTNH, k_LBKSH, kv_len_B=sparse_len_B, last_queries=sparse.last_queries, first=first, **common
     )
     end_B = jnp.minimum(q_start + q_BTNH.shape[1], sparse_len_B)
-    columns_BNS, bands_BNM = sparse.choose(
-        columns_BNS, diagonals_BNS, layer=layer, q_start=q_start, end_B=end_B
+    choose = functools.partial(_choose_together, share=share) if share else SparsePrefill.choose
+    columns_BNS, bands_BNM = choose(
+        sparse, columns_BNS, diagonals_BNS, layer=layer, q_start=first, end_B=end_B
     )
-    sparse_BTNH, _ = attend_lines(
+    sparse_BTNH, sparse_BTN = attend_lines(
         q_BTNH, k_LBKSH, v_LBKSH,
         columns_BNS=columns_BNS, bands_BNM=bands_BNM, most_columns=sparse.most_columns, kv_len_B=sparse_len_B, **common,
     )  # fmt: skip
-    dense_BTNH, _ = attend(q_BTNH, k_LBKSH, v_LBKSH, kv_len_B=dense_len_B, backend=backend, **common)
-    return jnp.where(long_B[:, None, None, None], sparse_BTNH, dense_BTNH)
+    dense_BTNH, dense_BTN = attend(q_BTNH, k_LBKSH, v_LBKSH, kv_len_B=dense_len_B, backend=backend, **common)
+    out = jnp.where(long_B[:, None, None, None], sparse_BTNH, dense_BTNH)
+    return out, jnp.where(long_B[:, None, None], sparse_BTN, dense_BTN)
+
+
+def _choose_together(
+    sparse: SparsePrefill,
+    columns_BNS: jax.Array,
+    diagonals_BNS: jax.Array,
+    *,
+    layer: jax.Array,
+    q_start: jax.Array,
+    end_B: jax.Array,
+    share: Share,
+) -> tuple[jax.Array, jax.Array]:
+    """`SparsePrefill.choose` over a context axis: each device chooses for some of the heads, from the scores of all keys.
+
+    Scores travel once, and only to the device that chooses for their head. Columns come back by slot.
+    """
+    axis, blocks, N = share.axis, share.blocks, columns_BNS.shape[1]
+    heads = -(-N // blocks.count)  # of one device; heads that are added have no lines
+
+    def padded(x: jax.Array, fill: float) -> jax.Array:
+        widths = ((0, 0), (0, heads * blocks.count - N), (0, 0))
+        return jnp.pad(x, widths[: x.ndim], constant_values=fill)
+
+    columns = lax.all_to_all(padded(columns_BNS, -jnp.inf), axis, split_axis=1, concat_axis=2, tiled=True)
+    diagonals = lax.psum_scatter(padded(diagonals_BNS, -jnp.inf), axis, scatter_dimension=1, tiled=True)
+    vertical, slash = (
+        lax.dynamic_slice_in_dim(padded(x, 0), share.rank * heads, heads, 1)
+        for x in (sparse.budgets.vertical_LN, sparse.budgets.slash_LN)
+    )
+    mine = dataclasses.replace(sparse, budgets=LineBudgets(vertical, slash, sparse.budgets.most_vertical))
+    columns, bands = mine.choose(
+        blocks.undeal(columns, 2), diagonals, layer=layer, q_start=q_start, end_B=end_B
+    )
+    columns = lax.all_to_all(blocks.deal(columns, 2), axis, split_axis=2, concat_axis=1, tiled=True)
+    return columns[:, :N], lax.all_gather(bands, axis, axis=1, tiled=True)[:, :N]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from qwen_jax import LLM, QwenJaxError, SamplingParams
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.attention.api import attend
 from qwen_jax.rope import Rotary
+from qwen_jax.sharding import AXES
 from qwen_jax.sparsity.attention import SparsePrefill, attend_prompts
 from qwen_jax.sparsity.budgets import FILE_NAME, Budget, LineBudgets, write
 from qwen_jax.sparsity.switch import sparse_prefill
@@ -30,11 +31,8 @@ GREEDY = SamplingParams(max_new_tokens=4, greedy=True, ignore_eos=True)
 
 
 def checkpoint(folder: Path, budget: Budget | None = None, **sparse: Any) -> Path:
-    """A random checkpoint whose attention matters: matrices 8 times the usual size, norms of ones."""
-    tiny_checkpoint.write(folder, dual_chunk_attention_config=DUAL_CHUNK | sparse)
-    tensors = load_file(folder / "model.safetensors")
-    loud = {name: np.ones_like(x) if "norm" in name else 8 * x for name, x in tensors.items()}
-    save_file(loud, folder / "model.safetensors")
+    """A random checkpoint whose attention matters."""
+    tiny_checkpoint.make_loud(tiny_checkpoint.write(folder, dual_chunk_attention_config=DUAL_CHUNK | sparse))
     if budget is not None:
         config = ModelConfig.from_folder(folder)
         write(folder / FILE_NAME, [[budget] * config.num_heads] * config.num_layers)
@@ -102,7 +100,7 @@ def test_bands_within_a_wide_budget_are_dense_attention_and_within_a_narrow_one_
 
     @jax.jit
     def run(layer: jax.Array, sparse: SparsePrefill) -> tuple[jax.Array, jax.Array]:
-        got, want = (attend_prompts(q, k, v, rule, layer=layer, **call) for rule in (sparse, None))
+        got, want = (attend_prompts(q, k, v, rule, layer=layer, **call)[0] for rule in (sparse, None))
         return got, want
 
     wide, dense = run(jnp.int32(0), sparse)
@@ -124,16 +122,18 @@ def test_a_row_of_a_mixed_batch_is_what_it_is_alone() -> None:
         "layer": jnp.int32(0), "q_start": jnp.int32(start), "rotary": Rotary(1e4, H, S), "scale_B": jnp.full(B, 0.3)
     }  # fmt: skip
     mixed, alone = (
-        jax.jit(lambda q, k, v, sparse=sparse: attend_prompts(q, k, v, sparse, prompt_len_B=lengths, **call))(
-            q, k, v
-        )
+        jax.jit(
+            lambda q, k, v, sparse=sparse: attend_prompts(q, k, v, sparse, prompt_len_B=lengths, **call)[0]
+        )(q, k, v)
         for sparse in (SparsePrefill(budgets, THRESHOLD, 64), None)
     )
     np.testing.assert_array_equal(mixed[0, : THRESHOLD - start], alone[0, : THRESHOLD - start])
     assert np.abs(mixed[1] - alone[1]).max() > 1e-3
     without_layer = call | {"layer": jnp.int32(1)}
     other, forgetful = (
-        attend_prompts(q, *kv, SparsePrefill(budgets, THRESHOLD, 64), prompt_len_B=lengths, **without_layer)
+        attend_prompts(q, *kv, SparsePrefill(budgets, THRESHOLD, 64), prompt_len_B=lengths, **without_layer)[
+            0
+        ]
         for kv in ((k, v), (x.at[:, 1, :, :start].set(7.0) for x in (k, v)))
     )
     np.testing.assert_array_equal(other[1], forgetful[1])  # this layer's budgets are of no line
@@ -193,8 +193,13 @@ def test_budgets_of_another_model_are_refused_before_weights_are_read(
         LLM(other)
 
 
-def test_several_devices_are_refused(folder: Path) -> None:
-    mesh = jax.make_mesh((2,), ("tensor",), devices=jax.devices()[:2])
-    with pytest.raises(QwenJaxError, match="sparse prefill over several devices is not built yet"):
-        LLM(folder, mesh=mesh)
-    LLM(folder, mesh=mesh, sparsity="none")
+@pytest.mark.parametrize(("shape", "rule"), [((1, 2, 2), "vertical-slash"), ((2, 4, 1), "bands")])
+def test_devices_together_choose_the_lines_that_one_does(
+    folder: Path, shape: tuple[int, int, int], rule: str
+) -> None:
+    """Heads over `tensor`, keys over `context`, rows over `data`; budgets are those of the heads."""
+    mesh = jax.make_mesh(shape, AXES, devices=jax.devices()[: math.prod(shape)])
+    one, many = (
+        LLM(folder, max_len=512, prefill_chunk=CHUNK, sparsity=rule, mesh=where) for where in (None, mesh)
+    )
+    np.testing.assert_allclose(many.score(IDS), one.score(IDS), rtol=0, atol=1e-3)
