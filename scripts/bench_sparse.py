@@ -2,10 +2,12 @@
 
     python scripts/bench_sparse.py [--only minference-128k,chunk-1m-10] [--out benchmarks/sparse-nvidia-h200.json]
 
-Lines are made, not chosen from scores: those of MInference's benchmark (1,000 columns, the 6,096 nearest diagonals), and
-heads of ten separate bands at random distances whose widths reach a density, computed pairs over causal pairs. Sampled rows
-are checked against a float32 softmax over their computed keys before anything is timed. A call's time holds the lists made from
-the lines; they are timed alone as well. TFLOP/s count the tiles of 128 x 128 that the kernel walks, whole.
+minference-128k has the lines of MInference's benchmark: 1,000 columns and the 6,096 nearest diagonals. The other shapes choose
+their lines live from line scores, with diagonals scaled until density, computed pairs over causal pairs, is what the name says:
+biases of queries and keys make heads that look near by and at three more distances each, which dual chunk attention repeats
+in every older chunk. Sampled rows are checked against a float32 softmax over their computed keys before anything is timed.
+TFLOP/s count the tiles of 128 x 128 that the kernel walks, whole, over the time of a call, which rotates queries and makes
+lists; lists, scores and choice are timed alone as well.
 """
 
 from __future__ import annotations
@@ -24,17 +26,22 @@ import results
 
 from qwen_jax.config import DualChunk
 from qwen_jax.kernels.attention.api import attend
+from qwen_jax.kernels.line_scores.api import line_scores
 from qwen_jax.kernels.sparse_attention import mosaic_gpu
 from qwen_jax.kernels.sparse_attention.api import attend_lines
-from qwen_jax.kernels.sparse_attention.bands import BAND, bands_of, tile_distances
+from qwen_jax.kernels.sparse_attention.bands import BAND, bands_of
 from qwen_jax.kernels.sparse_attention.computed import computed_keys, computed_pairs
 from qwen_jax.kernels.sparse_attention.hopper import FIELDS
+from qwen_jax.rope import Rotary, inverse_frequencies
+from qwen_jax.sparsity.selection import select_lines
 
 N, K, H = 28, 4, 128
 TOLERANCE = 1e-2
 KI = 1024
-SEPARATE_BANDS = 10
-MINFERENCE_COLUMNS, MINFERENCE_DIAGONALS, MINFERENCE_BLOCK = 1000, 6096, 64
+COLUMNS = 1000
+MINFERENCE_DIAGONALS, MINFERENCE_BLOCK = 6096, 64
+DISTANCES = 3  # at which a head looks, beside its own place
+LOGIT, NOISE = 8.0, 0.3  # score of a key at such a distance; spread of what is not bias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +50,7 @@ class Shape:
 
     queries: int
     start: int
-    columns: int
-    density: float | None
+    density: float | None = None
     dca: DualChunk | None = None
 
     @property
@@ -56,41 +62,58 @@ class Shape:
         """Pairs of one head in dense attention."""
         return self.queries * self.start + self.queries * (self.queries + 1) // 2
 
+    def pairs(self, columns_NS: np.ndarray, bands_NM: np.ndarray) -> int:
+        """Computed pairs of all heads."""
+        piece = {"q_start": self.start, "queries": self.queries, "kv_len": self.keys}
+        return sum(computed_pairs(*lines, **piece) for lines in zip(columns_NS, bands_NM, strict=True))
+
 
 SHAPES = {
-    "minference-128k": Shape(128 * KI, 0, MINFERENCE_COLUMNS, None),
-    "chunk-1m-10": Shape(32 * KI, 992 * KI, 1000, 0.10, tools.QWEN_1M),
-    "chunk-1m-5": Shape(32 * KI, 992 * KI, 1000, 0.05, tools.QWEN_1M),
+    "minference-128k": Shape(128 * KI, 0),
+    "chunk-1m-10": Shape(32 * KI, 992 * KI, 0.10, tools.QWEN_1M),
+    "chunk-1m-5": Shape(32 * KI, 992 * KI, 0.05, tools.QWEN_1M),
 }
 
 
-def lines(shape: Shape, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """bool[1, N, S] columns and bool[1, N, M] bands."""
-    rng = np.random.default_rng(seed)
-    S, M = shape.keys, tile_distances(shape.keys)
+@functools.partial(jax.jit, static_argnames=("shape", "rotary"))
+def inputs(shape: Shape, rotary: Rotary) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries [1, T, N, H], not rotated, and keys, rotated, and values [1, 1, K, S, H], bfloat16, of heads with biases.
+
+    In the pairs f that turn once in 1/128 to 2 chunks a key is 1, a query a sum of exp(-i d theta_f) over its distances
+    d: their score is highest d apart.
+    """
+    rng = np.random.default_rng(0)
+    reach = shape.dca.chunk_len if shape.dca else shape.keys
+    speed_F, _ = inverse_frequencies(rotary.theta, H)
+    some_F = (speed_F * reach > np.pi) & (speed_F * reach < 256 * np.pi)
+    at_ND = np.append(np.zeros((N, 1)), rng.uniform(0.3, 1.0, (N, DISTANCES)) * reach, axis=1)
+    size = (LOGIT * H**0.5 / some_F.sum()) ** 0.5
+    turn_NDF = np.exp(-1j * at_ND[..., None] * speed_F[some_F])
+    overlap_NDE = np.einsum("NDF,NEF->NDE", turn_NDF, turn_NDF.conj()).real / some_F.sum()
+    weight_ND = np.linalg.solve(overlap_NDE, np.ones((*at_ND.shape, 1)))[
+        ..., 0
+    ]  # equal scores at all distances
+    q_NF = np.zeros((N, H // 2), complex)
+    q_NF[:, some_F] = size * np.einsum("ND,NDF->NF", weight_ND, turn_NDF)
+    key_H = size * np.append(some_F, np.zeros(H // 2))
+    query_NH = np.concatenate([q_NF.real, q_NF.imag], -1)
+    seeds = jax.random.split(jax.random.key(0), 3)
+    q = jnp.asarray(query_NH, jnp.float32) + NOISE * jax.random.normal(seeds[0], (1, shape.queries, N, H))
+    k = jnp.asarray(key_H, jnp.float32) + NOISE * jax.random.normal(seeds[1], (1, shape.keys, K, H))
+    k = rotary.rotate_keys(k, jnp.arange(shape.keys, dtype=jnp.int32))
+    v = jax.random.normal(seeds[2], (1, 1, K, shape.keys, H))
+    return (*(x.astype(jnp.bfloat16) for x in (q, jnp.swapaxes(k, 1, 2)[None], v)),)
+
+
+def minference_lines(S: int) -> tuple[np.ndarray, np.ndarray]:
+    """bool[1, N, S] columns, the first 30 and others at random, and bool[1, N, M] bands."""
+    rng = np.random.default_rng(0)
     columns = np.zeros((1, N, S), bool)
+    columns[..., :30] = True
     for n in range(N):
-        columns[0, n, :30] = True
-        columns[0, n, 30 + rng.choice(S - 30, shape.columns - 30, replace=False)] = True
-    if shape.density is None:
-        diagonals = jnp.arange(S) < MINFERENCE_DIAGONALS
-        return columns, np.tile(np.asarray(bands_of(diagonals)), (1, N, 1))
-    bands = np.zeros((1, N, M), bool)
-    piece = {"q_start": shape.start, "queries": shape.queries, "kv_len": shape.keys}
-    for n in range(N):
-        starts = np.arange(SEPARATE_BANDS) * M // SEPARATE_BANDS
-        starts += rng.integers(0, M // (2 * SEPARATE_BANDS), SEPARATE_BANDS)
-        starts[0] = 0
-        shares = rng.uniform(0.5, 1.5, SEPARATE_BANDS)
-        low, high = 0.0, M / 2
-        for _ in range(20):  # the width that reaches the density
-            width = (low + high) / 2
-            bands[0, n] = False
-            for start, share in zip(starts, shares / shares.sum(), strict=True):
-                bands[0, n, start : start + max(1, round(width * share))] = True
-            dense_enough = computed_pairs(columns[0, n], bands[0, n], **piece) >= shape.density * shape.causal
-            low, high = (low, width) if dense_enough else (width, high)
-    return columns, bands
+        columns[0, n, 30 + rng.choice(S - 30, COLUMNS - 30, replace=False)] = True
+    diagonals = jnp.arange(S) < MINFERENCE_DIAGONALS
+    return columns, np.tile(np.asarray(bands_of(diagonals)), (1, N, 1))
 
 
 def minference_pairs(columns_S: np.ndarray, queries: int) -> int:
@@ -101,60 +124,95 @@ def minference_pairs(columns_S: np.ndarray, queries: int) -> int:
     return int((np.arange(queries) - lowest + 1 + before[lowest]).sum())
 
 
+@jax.jit
+def choose(columns: jax.Array, diagonals: jax.Array, slash_N: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Columns and bands of scores."""
+    lines = select_lines(columns, diagonals, jnp.full(N, COLUMNS), slash_N)
+    return lines.columns, bands_of(lines.diagonals)
+
+
+def budgets(shape: Shape, scores: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """int32[N]: diagonals a head, unlike between heads, that give the shape's density."""
+    share_N = np.random.default_rng(1).uniform(0.5, 1.5, N)
+    low, high = 0.0, 1.0
+    for _ in range(11):
+        middle = (low + high) / 2
+        columns, bands = choose(*scores, jnp.asarray(middle * share_N * shape.keys, jnp.int32))
+        dense_enough = shape.pairs(np.asarray(columns[0]), np.asarray(bands[0])) >= (
+            (shape.density or 0) * N * shape.causal
+        )
+        low, high = (low, middle) if dense_enough else (middle, high)
+    return jnp.asarray(high * share_N * shape.keys, jnp.int32)
+
+
 def measure(name: str, shape: Shape, rounds: int) -> dict[str, Any]:
     """One shape: checked, then timed."""
-    columns, bands = lines(shape)
-    piece = {"q_start": shape.start, "queries": shape.queries, "kv_len": shape.keys}
-    pairs = sum(computed_pairs(columns[0, n], bands[0, n], **piece) for n in range(N))
-    most = int(columns.sum(-1).max())
     rotary = tools.rotary(H, shape.dca)
-    q = tools.random(1, (1, shape.queries, N, H))
-    k, v = (tools.random(n, (1, 1, K, shape.keys, H)) for n in (2, 3))
+    q, k, v = inputs(shape, rotary)
     common = {
         "layer": jnp.int32(0), "q_start": jnp.int32(shape.start), "kv_len_B": jnp.full(1, shape.keys, jnp.int32),
         "scale_B": jnp.full(1, H**-0.5, jnp.float32),
     }  # fmt: skip
-    marks = {"columns_BNS": jnp.asarray(columns), "bands_BNM": jnp.asarray(bands)}
-    sparse = jax.jit(functools.partial(attend_lines, rotary=rotary, most_columns=most, backend="mosaic_gpu"))
-    lists = jax.jit(
-        functools.partial(mosaic_gpu.lists, rotary=rotary, most_columns=most, queries=shape.queries)
-    )
-    list_arguments = {name: x for name, x in common.items() if name != "scale_B"}
+    sparse = functools.partial(attend_lines, rotary=rotary, most_columns=COLUMNS, backend="mosaic_gpu")
+    sparse = jax.jit(sparse)
     dense = jax.jit(functools.partial(attend, rotary=rotary, backend="mosaic_gpu"))
+    lists = functools.partial(mosaic_gpu.lists, rotary=rotary, most_columns=COLUMNS, queries=shape.queries)
+    lists = jax.jit(lists)
+    scores = jax.jit(functools.partial(line_scores, rotary=rotary))
+    if shape.density is None:
+        columns, bands = minference_lines(shape.keys)
+        runs = {}
+    else:
+        found = scores(q, k, **common)
+        slash_N = budgets(shape, found)
+        columns, bands = (np.asarray(x) for x in choose(*found, slash_N))
+        runs = {
+            "scores": lambda: scores(q, k, **common),
+            "choice": lambda: choose(*found, slash_N),
+        }
+    marks = {"columns_BNS": jnp.asarray(columns), "bands_BNM": jnp.asarray(bands)}
+    to_list = {key: x for key, x in common.items() if key != "scale_B"} | marks
+    runs |= {
+        "sparse": lambda: sparse(q, k, v, **common, **marks),
+        "lists": lambda: lists(k, v, **to_list),
+        "dense": lambda: dense(q, k, v, **common),
+    }
 
-    out, lse = sparse(q, k, v, **common, **marks)
+    out, lse = runs["sparse"]()
     rows = np.unique(np.linspace(0, shape.queries - 1, 4).astype(int))
     keep = np.stack([computed_keys(columns[0, n], bands[0, n], shape.start + rows) for n in range(N)], axis=1)
     want, want_lse = tools.exact(
-        q[0, rows], shape.start + rows, k[0, 0], v[0, 0], kv_len=shape.keys, rotary=rotary, scale=H**-0.5, keep_RNS=keep
+        q[0, rows], shape.start + rows, k[0, 0], v[0, 0], kv_len=shape.keys, rotary=rotary, scale=H**-0.5,
+        keep_RNS=keep,
     )  # fmt: skip
+    pairs = shape.pairs(columns[0], bands[0])
+    by_head = [int((np.diff(np.flatnonzero(bands[0, n])) > 1).sum()) + 1 for n in range(N)]
     row: dict[str, Any] = {
-        "shape": name, "density": pairs / (N * shape.causal), "columns": most,
-        "bands_of_head_0": int((np.diff(np.flatnonzero(bands[0, 0])) > 1).sum()) + 1,
+        "shape": name, "density": pairs / (N * shape.causal), "columns": COLUMNS,
+        "fewest separate bands": min(by_head), "most separate bands": max(by_head),
         "error": tools.worst_row_error(out[0, rows], want),
-        "lse_error": float(np.abs(np.asarray(lse[0, rows]) - np.asarray(want_lse)).max()),
+        "lse error": float(np.abs(np.asarray(lse[0, rows]) - np.asarray(want_lse)).max()),
     }  # fmt: skip
     if row["error"] > TOLERANCE:
         return row | {"reason": "wrong"}
-    walked = lists(k, v, **list_arguments, **marks)[0].items.reshape(-1, FIELDS)[:, -1]
-    flop = 4 * H * BAND**2 * int(np.asarray(walked, np.int64).sum())
+    walked = np.asarray(runs["lists"]()[0].items, np.int64).reshape(-1, FIELDS)[:, -1].sum()
     seconds = tools.interleaved_medians(
-        {
-            "sparse": (lambda: sparse(q, k, v, **common, **marks), jax.block_until_ready),
-            "lists": (lambda: lists(k, v, **list_arguments, **marks), jax.block_until_ready),
-            "dense": (lambda: dense(q, k, v, **common), jax.block_until_ready),
-        },
-        rounds,
+        {contender: (run, jax.block_until_ready) for contender, run in runs.items()}, rounds
     )
-    row |= {f"{contender}_ms": s * 1e3 for contender, s in seconds.items()}
+    row |= {f"{contender} ms": s * 1e3 for contender, s in seconds.items()}
+    chosen = seconds.get("scores", 0.0) + seconds.get("choice", 0.0)
     row |= {
-        "TFLOP/s": flop / seconds["sparse"] / 1e12,
+        "TFLOP/s": 4 * H * BAND**2 * int(walked) / seconds["sparse"] / 1e12,
         "dense TFLOP/s": 4 * H * N * shape.causal / seconds["dense"] / 1e12,
-        "speed-up": seconds["dense"] / seconds["sparse"],
+        "speed-up, scores and choice included": seconds["dense"] / (seconds["sparse"] + chosen),
     }
     if shape.density is None:
         theirs = sum(minference_pairs(columns[0, n], shape.queries) for n in range(N))
         row["pairs over MInference's"] = pairs / theirs
+    else:
+        row["scores, choice and lists over attention"] = (chosen + seconds["lists"]) / (
+            seconds["sparse"] - seconds["lists"]
+        )
     return row
 
 
@@ -170,7 +228,7 @@ def main() -> None:
     for name in arguments.only.split(","):
         rows.append(measure(name, SHAPES[name], arguments.rounds))
         for key, value in rows[-1].items():
-            print(f"{key:24} {value:.4g}" if isinstance(value, float) else f"{key:24} {value}", flush=True)
+            print(f"{key:40} {value:.4g}" if isinstance(value, float) else f"{key:40} {value}", flush=True)
         if arguments.out:
             results.write(arguments.out, {"heads": f"{N}/{K}", "head_dim": H, "rows": rows})
 
