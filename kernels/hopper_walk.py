@@ -51,7 +51,7 @@ class Walk:
         q: this warpgroup's queries in shared memory, [ROWS, H], scaled so that q . k is a base-2 exponent.
         keys, values: the rings of tiles [keys a tile, H].
         before_step: called with each tile index before the tile meets the queries (switches rotations).
-        after_keys: called as soon as the queries have been read for the last time.
+        after_keys: called once the queries have been read for the last time.
         visible: (s [ROWS, keys], m [ROWS], tile index) -> s with -inf where a key is invisible, s being exponents less m;
             only used on masked tiles.
         scales: rings of one factor a key, for keys and for values (8-bit caches), or None.
@@ -77,7 +77,6 @@ class Walk:
 
         def await_keys(j: jax.Array) -> None:
             pl.when(j < hi)(lambda: self.keys.wait(self.keys.slot(first + (j - lo))))
-            pl.when(j == hi)(self.after_keys)
 
         await_keys(lo)
         state = self._first(lo, first)
@@ -90,6 +89,7 @@ class Walk:
 
         state = lax.fori_loop(lo + 1, full, functools.partial(step, masked=False), state)
         state = lax.fori_loop(jnp.maximum(full, lo + 1), hi, functools.partial(step, masked=True), state)
+        self.after_keys()
         acc, m, l, p = state
         return Softmax(self._last(self.values.slot(first + (hi - lo) - 1), acc, p), m, l)
 
