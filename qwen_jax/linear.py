@@ -108,12 +108,16 @@ class Linear(nnx.Module):
             y = einsum(spec, x, self.weight[...])
             return y if self.bias is None else y + self.bias[...]
         numbers, scale = self.weight[...], self.scale[...]
+        rows = math.prod(x.shape[:2])
+        # One row is a sum that XLA fuses with what comes before it, in the dtype it finds: bfloat16 would round each product.
+        exact = x.astype(jnp.float32) if rows == 1 else x
         # A sum of products with numbers up to 448 leaves the range of float16, never that of bfloat16.
-        raw = jnp.dtype(jnp.float32 if x.dtype == jnp.float16 else x.dtype)
-        if self.fp8_products and math.prod(x.shape[:2]) >= MIN_FP8_ROWS:
+        narrow = rows >= MIN_FP8_ROWS and x.dtype != jnp.float16
+        raw = x.dtype if narrow else jnp.dtype(jnp.float32)
+        if self.fp8_products and rows >= MIN_FP8_ROWS:
             x8, factor_BT = quantise(x, numbers.dtype, range(2, x.ndim))
             y = jnp.einsum(spec, x8, numbers, preferred_element_type=raw).astype(jnp.float32)
             y = y * jnp.expand_dims(factor_BT, tuple(range(2, y.ndim))) * scale
         else:
-            y = einsum(spec, x, numbers.astype(x.dtype), out=raw).astype(jnp.float32) * scale
+            y = einsum(spec, exact, numbers.astype(exact.dtype), out=raw).astype(jnp.float32) * scale
         return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)

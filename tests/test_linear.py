@@ -65,12 +65,13 @@ def linear(dtype: str, name: str, *, fp8_products: bool = False) -> Linear:
 
 @pytest.mark.parametrize(("dtype", "digits"), [("bfloat16", 8), ("float16", 11)])
 @pytest.mark.parametrize("name", WEIGHT_DTYPES)
-def test_product_with_8_bit_weights(dtype: str, digits: int, name: str) -> None:
+@pytest.mark.parametrize("rows", [(1, 1), (2, 7), (2, MIN_FP8_ROWS)])
+def test_product_with_8_bit_weights(dtype: str, digits: int, name: str, rows: tuple[int, int]) -> None:
     """Inputs so large that sums over unscaled numbers leave float16."""
     layer = linear(dtype, name)
     assert layer.scale is not None
     assert layer.bias is not None
-    x = 60 * jax.random.normal(jax.random.key(2), (2, 7, *INTO), dtype)
+    x = 60 * jax.random.normal(jax.random.key(2), (*rows, *INTO), dtype)
     x64, w64 = np.asarray(x, np.float64), expanded(layer.weight[...], layer.scale[...])
     product = np.einsum(SPEC, x64, w64)
     want = product + np.asarray(layer.bias[...], np.float64)
