@@ -1,13 +1,18 @@
 """Times sparse prefill attention on an NVIDIA GPU against our dense kernel, in one run; writes benchmarks/sparse-*.json.
 
     python scripts/bench_sparse.py [--only minference-128k,chunk-1m-10] [--out benchmarks/sparse-nvidia-h200.json]
+        [--budgets sparse_attention_config.json]
 
-minference-128k has the lines of MInference's benchmark: 1,000 columns and the 6,096 nearest diagonals. The other shapes choose
+minference-128k has the lines of MInference's benchmark: 1,000 columns and the 6,096 nearest diagonals. The chunks choose
 their lines live from line scores, with diagonals scaled until density, computed pairs over causal pairs, is what the name says:
 biases of queries and keys make heads that look near by and at three more distances each, which dual chunk attention repeats
 in every older chunk. Sampled rows are checked against a float32 softmax over their computed keys before anything is timed.
 TFLOP/s count the tiles of 128 x 128 that the kernel walks, whole, over the time of a call, which rotates queries and makes
 lists; lists, scores and choice are timed alone as well.
+
+With a budget file of a model of 28 heads there are also 32k chunks at the end of 128k and 2^20 with the budgets of its layer of
+median slash: diagonals that are the nearest (local), a tenth of them near and the rest in eight runs (mixed), or at
+random (scattered); columns at random.
 """
 
 from __future__ import annotations
@@ -15,6 +20,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,17 +52,20 @@ LOGIT, NOISE = 8.0, 0.3  # score of a key at such a distance; spread of what is 
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
-    """Queries start .. start + queries of one prompt; density of None stands for MInference's lines."""
+class Place:
+    """Queries start .. start + queries of one prompt."""
 
     queries: int
     start: int
-    density: float | None = None
     dca: DualChunk | None = None
 
     @property
     def keys(self) -> int:
         return self.start + self.queries
+
+    @property
+    def rotary(self) -> Rotary:
+        return tools.rotary(H, self.dca)
 
     @property
     def causal(self) -> int:
@@ -68,22 +78,27 @@ class Shape:
         return sum(computed_pairs(*lines, **piece) for lines in zip(columns_NS, bands_NM, strict=True))
 
 
-SHAPES = {
-    "minference-128k": Shape(128 * KI, 0),
-    "chunk-1m-10": Shape(32 * KI, 992 * KI, 0.10, tools.QWEN_1M),
-    "chunk-1m-5": Shape(32 * KI, 992 * KI, 0.05, tools.QWEN_1M),
-}
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A place and its lines: chosen from scores to reach a density, or made beforehand."""
+
+    place: Place
+    density: float | None = None
+    make: Callable[[], tuple[np.ndarray, np.ndarray]] | None = (
+        None  # () -> columns [N, S] and diagonals [N, S], bool
+    )
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "rotary"))
-def inputs(shape: Shape, rotary: Rotary) -> tuple[jax.Array, jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnames="place")
+def inputs(place: Place) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries [1, T, N, H], not rotated, and keys, rotated, and values [1, 1, K, S, H], bfloat16, of heads with biases.
 
     In the pairs f that turn once in 1/128 to 2 chunks a key is 1, a query a sum of exp(-i d theta_f) over its distances
     d: their score is highest d apart.
     """
+    rotary = place.rotary
     rng = np.random.default_rng(0)
-    reach = shape.dca.chunk_len if shape.dca else shape.keys
+    reach = place.dca.chunk_len if place.dca else place.keys
     speed_F, _ = inverse_frequencies(rotary.theta, H)
     some_F = (speed_F * reach > np.pi) & (speed_F * reach < 256 * np.pi)
     at_ND = np.append(np.zeros((N, 1)), rng.uniform(0.3, 1.0, (N, DISTANCES)) * reach, axis=1)
@@ -98,22 +113,66 @@ def inputs(shape: Shape, rotary: Rotary) -> tuple[jax.Array, jax.Array, jax.Arra
     key_H = size * np.append(some_F, np.zeros(H // 2))
     query_NH = np.concatenate([q_NF.real, q_NF.imag], -1)
     seeds = jax.random.split(jax.random.key(0), 3)
-    q = jnp.asarray(query_NH, jnp.float32) + NOISE * jax.random.normal(seeds[0], (1, shape.queries, N, H))
-    k = jnp.asarray(key_H, jnp.float32) + NOISE * jax.random.normal(seeds[1], (1, shape.keys, K, H))
-    k = rotary.rotate_keys(k, jnp.arange(shape.keys, dtype=jnp.int32))
-    v = jax.random.normal(seeds[2], (1, 1, K, shape.keys, H))
+    q = jnp.asarray(query_NH, jnp.float32) + NOISE * jax.random.normal(seeds[0], (1, place.queries, N, H))
+    k = jnp.asarray(key_H, jnp.float32) + NOISE * jax.random.normal(seeds[1], (1, place.keys, K, H))
+    k = rotary.rotate_keys(k, jnp.arange(place.keys, dtype=jnp.int32))
+    v = jax.random.normal(seeds[2], (1, 1, K, place.keys, H))
     return (*(x.astype(jnp.bfloat16) for x in (q, jnp.swapaxes(k, 1, 2)[None], v)),)
 
 
-def minference_lines(S: int) -> tuple[np.ndarray, np.ndarray]:
-    """bool[1, N, S] columns, the first 30 and others at random, and bool[1, N, M] bands."""
+def at_random(counts: Any, S: int, first: int) -> np.ndarray:
+    """bool[N, S]: the first ones and others at random, counts[n] in all."""
     rng = np.random.default_rng(0)
-    columns = np.zeros((1, N, S), bool)
-    columns[..., :30] = True
-    for n in range(N):
-        columns[0, n, 30 + rng.choice(S - 30, COLUMNS - 30, replace=False)] = True
-    diagonals = jnp.arange(S) < MINFERENCE_DIAGONALS
-    return columns, np.tile(np.asarray(bands_of(diagonals)), (1, N, 1))
+    marks = np.zeros((N, S), bool)
+    marks[:, :first] = True
+    for n, count in enumerate(counts):
+        marks[n, first + rng.choice(S - first, max(min(count, S) - first, 0), replace=False)] = True
+    return marks
+
+
+def nearest(counts: Any, S: int) -> np.ndarray:
+    """bool[N, S]: the first counts[n]."""
+    return np.arange(S) < np.asarray(counts)[:, None]
+
+
+def mixed(counts: Any, S: int, runs: int = 8) -> np.ndarray:
+    """bool[N, S]: a tenth of counts[n] first, the rest in runs at random places."""
+    rng = np.random.default_rng(0)
+    marks = nearest(np.asarray(counts) // 10, S)
+    for n, count in enumerate(counts):
+        for start in rng.integers(0, S, runs):
+            marks[n, start : start + (count - count // 10) // runs] = True
+    return marks
+
+
+MINFERENCE = Shape(
+    Place(128 * KI, 0),
+    make=lambda: (at_random([COLUMNS] * N, 128 * KI, 30), nearest([MINFERENCE_DIAGONALS] * N, 128 * KI)),
+)
+LONG = Place(32 * KI, 992 * KI, tools.QWEN_1M)
+SHAPES = {"minference-128k": MINFERENCE, "chunk-1m-10": Shape(LONG, 0.10), "chunk-1m-5": Shape(LONG, 0.05)}
+
+
+def budget_shapes(path: Path) -> dict[str, Shape]:
+    """The shapes of a budget file."""
+    layers = [[head[1:3] for head in layer.values()] for layer in json.loads(path.read_text())]
+    middle = sorted(layers, key=lambda heads: sum(slash for _, slash in heads))[len(layers) // 2]
+    columns = [
+        130 if vertical == 30 else vertical for vertical, _ in middle
+    ]  # as the released engine reads it
+    slashes = [slash for _, slash in middle]
+
+    def shape(place: Place, diagonals: Callable[..., np.ndarray]) -> Shape:
+        S = place.keys
+        return Shape(place, make=lambda: (at_random(columns, S, 30), diagonals(slashes, S)))
+
+    spread = {"local": nearest, "mixed": mixed, "scattered": lambda counts, S: at_random(counts, S, 100)}
+    places = {"128k": Place(32 * KI, 96 * KI, tools.QWEN_1M), "1m": LONG}
+    return {
+        f"budgets-{where}-{how}": shape(place, diagonals)
+        for where, place in places.items()
+        for how, diagonals in spread.items()
+    }
 
 
 def minference_pairs(columns_S: np.ndarray, queries: int) -> int:
@@ -131,64 +190,72 @@ def choose(columns: jax.Array, diagonals: jax.Array, slash_N: jax.Array) -> tupl
     return lines.columns, bands_of(lines.diagonals)
 
 
-def budgets(shape: Shape, scores: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """int32[N]: diagonals a head, unlike between heads, that give the shape's density."""
+def budgets(place: Place, density: float, scores: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """int32[N]: diagonals a head, unlike between heads, that give the density."""
     share_N = np.random.default_rng(1).uniform(0.5, 1.5, N)
     low, high = 0.0, 1.0
     for _ in range(11):
         middle = (low + high) / 2
-        columns, bands = choose(*scores, jnp.asarray(middle * share_N * shape.keys, jnp.int32))
-        dense_enough = shape.pairs(np.asarray(columns[0]), np.asarray(bands[0])) >= (
-            (shape.density or 0) * N * shape.causal
-        )
-        low, high = (low, middle) if dense_enough else (middle, high)
-    return jnp.asarray(high * share_N * shape.keys, jnp.int32)
+        columns, bands = choose(*scores, jnp.asarray(middle * share_N * place.keys, jnp.int32))
+        enough = place.pairs(np.asarray(columns[0]), np.asarray(bands[0])) >= density * N * place.causal
+        low, high = (low, middle) if enough else (middle, high)
+    return jnp.asarray(high * share_N * place.keys, jnp.int32)
+
+
+@functools.cache
+def programs(place: Place, most_columns: int) -> dict[str, Callable[..., Any]]:
+    """What is timed, jitted once for all shapes that share it."""
+    rotary = place.rotary
+    sparse = functools.partial(attend_lines, rotary=rotary, most_columns=most_columns, backend="mosaic_gpu")
+    lists = functools.partial(
+        mosaic_gpu.lists, rotary=rotary, most_columns=most_columns, queries=place.queries
+    )
+    dense = functools.partial(attend, rotary=rotary, backend="mosaic_gpu")
+    scores = functools.partial(line_scores, rotary=rotary)
+    return {
+        "sparse": jax.jit(sparse), "lists": jax.jit(lists), "dense": jax.jit(dense), "scores": jax.jit(scores)
+    }  # fmt: skip
 
 
 def measure(name: str, shape: Shape, rounds: int) -> dict[str, Any]:
     """One shape: checked, then timed."""
-    rotary = tools.rotary(H, shape.dca)
-    q, k, v = inputs(shape, rotary)
+    place = shape.place
+    q, k, v = inputs(place)
     common = {
-        "layer": jnp.int32(0), "q_start": jnp.int32(shape.start), "kv_len_B": jnp.full(1, shape.keys, jnp.int32),
+        "layer": jnp.int32(0), "q_start": jnp.int32(place.start), "kv_len_B": jnp.full(1, place.keys, jnp.int32),
         "scale_B": jnp.full(1, H**-0.5, jnp.float32),
     }  # fmt: skip
-    sparse = functools.partial(attend_lines, rotary=rotary, most_columns=COLUMNS, backend="mosaic_gpu")
-    sparse = jax.jit(sparse)
-    dense = jax.jit(functools.partial(attend, rotary=rotary, backend="mosaic_gpu"))
-    lists = functools.partial(mosaic_gpu.lists, rotary=rotary, most_columns=COLUMNS, queries=shape.queries)
-    lists = jax.jit(lists)
-    scores = jax.jit(functools.partial(line_scores, rotary=rotary))
-    if shape.density is None:
-        columns, bands = minference_lines(shape.keys)
-        runs = {}
+    runs: dict[str, Callable[[], Any]] = {}
+    if shape.make:
+        made, diagonals = shape.make()
+        columns, bands = made[None], np.asarray(bands_of(jnp.asarray(diagonals[None])))
     else:
-        found = scores(q, k, **common)
-        slash_N = budgets(shape, found)
-        columns, bands = (np.asarray(x) for x in choose(*found, slash_N))
-        runs = {
-            "scores": lambda: scores(q, k, **common),
-            "choice": lambda: choose(*found, slash_N),
-        }
+        scores = functools.partial(programs(place, COLUMNS)["scores"], q, k, **common)
+        found = scores()
+        slash_N = budgets(place, shape.density or 0.0, found)
+        runs = {"scores": scores, "choice": lambda: choose(*found, slash_N)}
+        columns, bands = (np.asarray(x) for x in runs["choice"]())
+    most = int(columns.sum(-1).max())
     marks = {"columns_BNS": jnp.asarray(columns), "bands_BNM": jnp.asarray(bands)}
     to_list = {key: x for key, x in common.items() if key != "scale_B"} | marks
+    program = programs(place, most)
     runs |= {
-        "sparse": lambda: sparse(q, k, v, **common, **marks),
-        "lists": lambda: lists(k, v, **to_list),
-        "dense": lambda: dense(q, k, v, **common),
+        "sparse": lambda: program["sparse"](q, k, v, **common, **marks),
+        "lists": lambda: program["lists"](k, v, **to_list),
+        "dense": lambda: program["dense"](q, k, v, **common),
     }
 
     out, lse = runs["sparse"]()
-    rows = np.unique(np.linspace(0, shape.queries - 1, 4).astype(int))
-    keep = np.stack([computed_keys(columns[0, n], bands[0, n], shape.start + rows) for n in range(N)], axis=1)
+    rows = np.unique(np.linspace(0, place.queries - 1, 4).astype(int))
+    keep = np.stack([computed_keys(columns[0, n], bands[0, n], place.start + rows) for n in range(N)], axis=1)
     want, want_lse = tools.exact(
-        q[0, rows], shape.start + rows, k[0, 0], v[0, 0], kv_len=shape.keys, rotary=rotary, scale=H**-0.5,
+        q[0, rows], place.start + rows, k[0, 0], v[0, 0], kv_len=place.keys, rotary=place.rotary, scale=H**-0.5,
         keep_RNS=keep,
     )  # fmt: skip
-    pairs = shape.pairs(columns[0], bands[0])
+    pairs = place.pairs(columns[0], bands[0])
     by_head = [int((np.diff(np.flatnonzero(bands[0, n])) > 1).sum()) + 1 for n in range(N)]
     row: dict[str, Any] = {
-        "shape": name, "density": pairs / (N * shape.causal), "columns": COLUMNS,
+        "shape": name, "density": pairs / (N * place.causal), "most columns": most,
         "fewest separate bands": min(by_head), "most separate bands": max(by_head),
         "error": tools.worst_row_error(out[0, rows], want),
         "lse error": float(np.abs(np.asarray(lse[0, rows]) - np.asarray(want_lse)).max()),
@@ -203,16 +270,15 @@ def measure(name: str, shape: Shape, rounds: int) -> dict[str, Any]:
     chosen = seconds.get("scores", 0.0) + seconds.get("choice", 0.0)
     row |= {
         "TFLOP/s": 4 * H * BAND**2 * int(walked) / seconds["sparse"] / 1e12,
-        "dense TFLOP/s": 4 * H * N * shape.causal / seconds["dense"] / 1e12,
-        "speed-up, scores and choice included": seconds["dense"] / (seconds["sparse"] + chosen),
+        "dense TFLOP/s": 4 * H * N * place.causal / seconds["dense"] / 1e12,
+        "speed-up": seconds["dense"] / (seconds["sparse"] + chosen),
     }
-    if shape.density is None:
-        theirs = sum(minference_pairs(columns[0, n], shape.queries) for n in range(N))
+    if shape.density:
+        attention = seconds["sparse"] - seconds["lists"]
+        row["scores, choice and lists over attention"] = (chosen + seconds["lists"]) / attention
+    if shape is MINFERENCE:
+        theirs = sum(minference_pairs(columns[0, n], place.queries) for n in range(N))
         row["pairs over MInference's"] = pairs / theirs
-    else:
-        row["scores, choice and lists over attention"] = (chosen + seconds["lists"]) / (
-            seconds["sparse"] - seconds["lists"]
-        )
     return row
 
 
@@ -220,13 +286,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", default=",".join(SHAPES), help="shapes, comma separated")
+    parser.add_argument("--only", default="", help="shapes, comma separated; default: all")
+    parser.add_argument("--budgets", type=Path, help="a budget file of a model of 28 heads")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    shapes = SHAPES | (budget_shapes(arguments.budgets) if arguments.budgets else {})
     rows = []
-    for name in arguments.only.split(","):
-        rows.append(measure(name, SHAPES[name], arguments.rounds))
+    for name in arguments.only.split(",") if arguments.only else shapes:
+        rows.append(measure(name, shapes[name], arguments.rounds))
         for key, value in rows[-1].items():
             print(f"{key:40} {value:.4g}" if isinstance(value, float) else f"{key:40} {value}", flush=True)
         if arguments.out:

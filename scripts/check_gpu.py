@@ -254,10 +254,19 @@ def scratch_bytes() -> dict[str, tuple[int, int]]:
             q, k, v, layer=layer, position_B=position, prompt_len_B=prompt, rotary=rotary, scale_B=scale
         )
 
+    def sparse(q: Any, k: Any, v: Any, columns: Any, bands: Any, *rest: Any) -> Any:
+        layer, start, length, scale = rest
+        return SPARSE["mosaic_gpu"](
+            q, k, v, columns_BNS=columns, bands_BNM=bands, most_columns=1000, layer=layer, q_start=start,
+            kv_len_B=length, rotary=rotary, scale_B=scale,
+        )  # fmt: skip
+
     q = jax.ShapeDtypeStruct((1, 2048, 28, 128), jnp.bfloat16)
+    columns, bands = (jax.ShapeDtypeStruct((1, 28, size), bool) for size in (1 << 18, 1 << 11))
     q1 = jax.ShapeDtypeStruct((1, 28, 128), jnp.bfloat16)
     programs = {
         "prefill": jax.jit(prefill).lower(q, cache, cache, scalar, scalar, row, scale),
+        "sparse": jax.jit(sparse).lower(q, cache, cache, columns, bands, scalar, scalar, row, scale),
         "decode": jax.jit(decode).lower(q1, cache, cache, scalar, row, row, scale),
     }
     layer = cache.size * cache.dtype.itemsize // cache.shape[0]
