@@ -26,10 +26,9 @@ from qwen_jax.rope import Rotary, temperature
 from qwen_jax.sparsity.attention import SparsePrefill
 from qwen_jax.spread import Spread
 
-# attention of one layer: (q_BTNH unrotated, k_BTKH rotated, v_BTKH, cache, layer) -> (out_BTNH, cache)
-Attend = Callable[
-    [jax.Array, jax.Array, jax.Array, KVCache | None, jax.Array], tuple[jax.Array, KVCache | None]
-]
+# attention of one layer: (q_BTNH unrotated, k_BTKH rotated, v_BTKH, carry, layer) -> (out_BTNH, carry); the carry is the cache,
+# None, or whatever else a caller takes through the layers
+type Attend[C] = Callable[[jax.Array, jax.Array, jax.Array, C, jax.Array], tuple[jax.Array, C]]
 
 
 class RMSNorm(nnx.Module):
@@ -73,19 +72,19 @@ class Attention(nnx.Module):
         self.o = linear((D,), (N, H))
         self.rotary = Rotary.from_config(config)
 
-    def __call__(
+    def __call__[C](
         self,
         x_BTD: jax.Array,
         positions_BT: jax.Array,
-        cache: KVCache | None,
+        carry: C,
         layer: jax.Array,
-        attend: Attend,
-    ) -> tuple[jax.Array, KVCache | None]:
+        attend: Attend[C],
+    ) -> tuple[jax.Array, C]:
         q_BTNH = self.q(x_BTD, "BTD,NHD->BTNH")
         k_BTKH = self.rotary.rotate_keys(self.k(x_BTD, "BTD,KHD->BTKH"), positions_BT)
         v_BTKH = self.v(x_BTD, "BTD,KHD->BTKH")
-        out_BTNH, cache = attend(q_BTNH, k_BTKH, v_BTKH, cache, layer)
-        return self.o(out_BTNH, "BTNH,DNH->BTD"), cache
+        out_BTNH, carry = attend(q_BTNH, k_BTKH, v_BTKH, carry, layer)
+        return self.o(out_BTNH, "BTNH,DNH->BTD"), carry
 
 
 class MLP(nnx.Module):
@@ -111,17 +110,17 @@ class Block(nnx.Module):
         self.post_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         self.mlp = MLP(config, linear)
 
-    def __call__(
+    def __call__[C](
         self,
         x_BTD: jax.Array,
         positions_BT: jax.Array,
-        cache: KVCache | None,
+        carry: C,
         layer: jax.Array,
-        attend: Attend,
-    ) -> tuple[jax.Array, KVCache | None]:
-        a_BTD, cache = self.attn(self.input_norm(x_BTD), positions_BT, cache, layer, attend)
+        attend: Attend[C],
+    ) -> tuple[jax.Array, C]:
+        a_BTD, carry = self.attn(self.input_norm(x_BTD), positions_BT, carry, layer, attend)
         x_BTD = x_BTD + a_BTD
-        return x_BTD + self.mlp(self.post_norm(x_BTD)), cache
+        return x_BTD + self.mlp(self.post_norm(x_BTD)), carry
 
 
 class Qwen2(nnx.Module):
@@ -216,7 +215,7 @@ class Qwen2(nnx.Module):
         def attend_rows(
             q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, lengths_B: jax.Array, share: None = None
         ) -> jax.Array:
-            scale_B = self._score_scale(lengths_B, lengths_B)
+            scale_B = self.score_scale(lengths_B, lengths_B)
 
             def piece(start: jax.Array | int, q: jax.Array) -> jax.Array:
                 k, v = (jnp.swapaxes(x, 1, 2)[None] for x in (k_BTKH, v_BTKH))
@@ -278,12 +277,11 @@ class Qwen2(nnx.Module):
         )
         if self.spread and self.spread.blocks:
             tokens_BT, positions_BT = (self.spread.blocks.deal(x, 1) for x in (tokens_BT, positions_BT))
-        scale_B = self._score_scale(prompt_len_B, prompt_len_B)
+        scale_B = self.score_scale(prompt_len_B, prompt_len_B)
 
         def attend_piece(
-            q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, cache: KVCache | None, layer: jax.Array
-        ) -> tuple[jax.Array, KVCache | None]:
-            assert cache is not None
+            q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, cache: KVCache, layer: jax.Array
+        ) -> tuple[jax.Array, KVCache]:
             return prefill_layer(
                 self.spread, q_BTNH, k_BTKH, v_BTKH, cache, sparse,
                 layer=layer, start=start, first=jnp.int32(first), prompt_len_B=prompt_len_B, scale_B=scale_B,
@@ -292,9 +290,8 @@ class Qwen2(nnx.Module):
 
         x_BTD = self.embed(tokens_BT)
         x_BTD = self.spread.place(x_BTD, "BT") if self.spread else x_BTD
-        x_BTD, cache_out = self.run_layers(x_BTD, positions_BT, cache, attend_piece)
-        assert cache_out is not None
-        return x_BTD, cache_out
+        x_BTD, cache = self.run_layers(x_BTD, positions_BT, cache, attend_piece)
+        return x_BTD, cache
 
     def step(
         self, token_B: jax.Array, cache: KVCache, position_B: jax.Array, prompt_len_B: jax.Array
@@ -310,12 +307,11 @@ class Qwen2(nnx.Module):
         Returns:
             (logits float32[B, V], the cache with the token in it).
         """
-        scale_B = self._score_scale(position_B + 1)
+        scale_B = self.score_scale(position_B + 1)
 
         def attend_token(
-            q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, cache: KVCache | None, layer: jax.Array
-        ) -> tuple[jax.Array, KVCache | None]:
-            assert cache is not None
+            q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, cache: KVCache, layer: jax.Array
+        ) -> tuple[jax.Array, KVCache]:
             out_BNH, cache = decode_layer(
                 self.spread, q_BTNH[:, 0], k_BTKH[:, 0], v_BTKH[:, 0], cache,
                 layer=layer, position_B=position_B, prompt_len_B=prompt_len_B, scale_B=scale_B,
@@ -325,9 +321,8 @@ class Qwen2(nnx.Module):
 
         x_BTD = self.embed(token_B[:, None])
         x_BTD = self.spread.place(x_BTD, "B") if self.spread else x_BTD
-        x_BTD, cache_out = self.run_layers(x_BTD, position_B[:, None], cache, attend_token)
-        assert cache_out is not None
-        return self.logits(x_BTD[:, 0]), cache_out
+        x_BTD, cache = self.run_layers(x_BTD, position_B[:, None], cache, attend_token)
+        return self.logits(x_BTD[:, 0]), cache
 
     def row(self, t: jax.Array, rows: int) -> jax.Array:
         """Where `extend` returns token t of a piece of `rows`."""
@@ -339,7 +334,7 @@ class Qwen2(nnx.Module):
         """The positions of this model."""
         return self.layers.attn.rotary
 
-    def _score_scale(self, *lengths_B: jax.Array) -> jax.Array:
+    def score_scale(self, *lengths_B: jax.Array) -> jax.Array:
         """1 / sqrt(H) times the temperature at each of the lengths, float32[B]."""
         dca = self.config.dual_chunk
         scale_B = jnp.full(lengths_B[0].shape, self.config.head_dim**-0.5, jnp.float32)
@@ -347,24 +342,24 @@ class Qwen2(nnx.Module):
             scale_B = scale_B * temperature(length_B, dca.original_max_position_embeddings if dca else 0)
         return scale_B
 
-    def run_layers(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, cache: KVCache | None, attend: Attend
-    ) -> tuple[jax.Array, KVCache | None]:
-        """The scanned blocks and the final norm, with any attention: [B, T, D] and the cache, if one is given.
+    def run_layers[C](
+        self, x_BTD: jax.Array, positions_BT: jax.Array, carry: C, attend: Attend[C]
+    ) -> tuple[jax.Array, C]:
+        """The scanned blocks and the final norm, with any attention: [B, T, D] and what `attend` made of the carry.
 
-        The cache is carried whole: slicing it by layer would copy it.
+        A cache is carried whole: slicing it by layer would copy it.
         """
         block, stacked = nnx.split(self.layers)
 
         def body(
-            carry: tuple[jax.Array, KVCache | None], xs: tuple[jax.Array, nnx.State]
-        ) -> tuple[tuple[jax.Array, KVCache | None], None]:
+            state: tuple[jax.Array, C], xs: tuple[jax.Array, nnx.State]
+        ) -> tuple[tuple[jax.Array, C], None]:
             layer, params = xs
-            return nnx.merge(block, params)(carry[0], positions_BT, carry[1], layer, attend), None
+            return nnx.merge(block, params)(state[0], positions_BT, state[1], layer, attend), None
 
         layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-        (x_BTD, cache), _ = lax.scan(body, (x_BTD, cache), (layers, stacked))
-        return self.norm(x_BTD), cache
+        (x_BTD, carry), _ = lax.scan(body, (x_BTD, carry), (layers, stacked))
+        return self.norm(x_BTD), carry
 
 
 @functools.partial(jax.jit, static_argnums=0)

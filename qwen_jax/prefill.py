@@ -95,7 +95,7 @@ def plan_pieces(
     return pieces
 
 
-def _piece_tokens(tokens_BT: np.ndarray, origin: int, piece: Piece) -> np.ndarray:
+def piece_tokens(tokens_BT: np.ndarray, origin: int, piece: Piece) -> np.ndarray:
     """The piece's columns of tokens_BT (whose column 0 is position `origin`), zero-padded to its rows."""
     first, before = piece.start - origin, piece.start - piece.begin
     cut = tokens_BT[:, first : first + piece.length]
@@ -220,7 +220,7 @@ class Prefiller:
         last_BD = jnp.zeros((len(tokens_BT), self.config.hidden_size), self.dtype, device=self._device)
         for piece in self.pieces(start, end, cache.capacity):
             last_BD, cache = _prefill_piece(
-                self.graph, self.params, jnp.asarray(_piece_tokens(tokens_BT, start, piece)),
+                self.graph, self.params, jnp.asarray(piece_tokens(tokens_BT, start, piece)),
                 jnp.int32(piece.begin), lengths_B, cache, last_BD, sparse, jnp.int32(piece.start),
             )  # fmt: skip
             yield piece.start + piece.length - start, last_BD, cache
@@ -247,7 +247,7 @@ class Prefiller:
         for piece in self.pieces(start, T - 1, cache.capacity):
             logp_BT, cache = _score_piece(
                 self.graph, self.params,
-                jnp.asarray(_piece_tokens(inputs, 0, piece)), jnp.asarray(_piece_tokens(targets, 0, piece)),
+                jnp.asarray(piece_tokens(inputs, 0, piece)), jnp.asarray(piece_tokens(targets, 0, piece)),
                 jnp.int32(piece.begin), length_B, cache, sparse, jnp.int32(piece.start),
             )  # fmt: skip
             out.append(np.asarray(logp_BT)[0, piece.start - piece.begin :][: piece.length])

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from qwen_jax import __version__
-from qwen_jax.cli import chat, convert, demo, generate, info, plan
+from qwen_jax.cli import chat, convert, demo, generate, info, plan, refine, search
 from qwen_jax.cli.compilation_cache import VARIABLE as CACHE_VARIABLE
 from qwen_jax.cli.compilation_cache import use_compilation_cache
 from qwen_jax.cli.errors import ErrorsAsOneLine
@@ -32,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (demo, generate, chat, convert, plan, info):
+for module in (demo, generate, chat, convert, search, refine, plan, info):
     name = module.__name__.rpartition(".")[2]
     app.command(name, help=_flowing(module.command.__doc__), epilog=module.EXAMPLES)(module.command)
 

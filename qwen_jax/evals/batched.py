@@ -16,56 +16,75 @@ from flax import nnx
 from qwen_jax.cache import KVCache, init_cache
 from qwen_jax.evals.passkey import DIGITS, Task
 from qwen_jax.model import Qwen2
+from qwen_jax.sparsity.attention import SparsePrefill
 
 _NEW_TOKENS = DIGITS + 1  # one more than the key: a longer number is a wrong answer
 
 
-def answerer(model: Qwen2, longest: int, piece: int) -> Callable[[Sequence[Task]], list[str]]:
+def answerer(
+    model: Qwen2, longest: int, piece: int, sparse: SparsePrefill | None = None
+) -> Callable[[Sequence[Task]], list[str]]:
     """A function that continues tasks of one common length by greedy decoding, as many rows as it is given tasks.
 
     Args:
         model: its positions decide how far it reads.
         longest: tokens of the longest task; every call allocates a cache for it.
         piece: tokens of a prefill piece; it must divide the model's chunk length s.
+        sparse: makes texts above its threshold sparse; None: all are dense.
     """
     graph, params = nnx.split(model)
     capacity = -(-(longest + _NEW_TOKENS) // piece) * piece
-    dtype = model.embed.weight[...].dtype
-
-    @functools.partial(jax.jit, donate_argnames="cache")
-    def prefill(
-        params: nnx.State, tokens_BT: jax.Array, cache: KVCache, start: jax.Array, length_B: jax.Array
-    ) -> tuple[jax.Array, KVCache]:
-        """Runs one piece; the logits [B, V] are those of the last prompt token, if it lies in this piece."""
-        model = nnx.merge(graph, params)
-        x_BTD, cache = model.extend(tokens_BT, cache, start, length_B)
-        last_B = jnp.clip(length_B - 1 - start, 0, piece - 1)
-        return model.logits(x_BTD[jnp.arange(len(length_B)), last_B]), cache
-
-    @functools.partial(jax.jit, donate_argnames="cache")
-    def step(
-        params: nnx.State, token_B: jax.Array, cache: KVCache, position_B: jax.Array, length_B: jax.Array
-    ) -> tuple[jax.Array, KVCache]:
-        return nnx.merge(graph, params).step(token_B, cache, position_B, length_B)
+    weight = model.embed.weight[...]
 
     def answer(tasks: Sequence[Task]) -> list[str]:
         ids_BT = np.stack([task.ids for task in tasks])
         B, T = ids_BT.shape
         ids_BT = np.pad(ids_BT, ((0, 0), (0, -T % piece)))
-        cache = init_cache(model.config, B, capacity, dtype)
+        # Put where the weights are, as every piece returns it: the first piece would compile a program of its own.
+        cache = jax.device_put(init_cache(model.config, B, capacity, weight.dtype), weight.sharding)
         length_B = jnp.full(B, T, jnp.int32)
+        rule = sparse if sparse and sparse.threshold < T else None
         for start in range(0, T, piece):
             tokens_BT = jnp.asarray(ids_BT[:, start : start + piece])
-            logits_BV, cache = prefill(params, tokens_BT, cache, jnp.int32(start), length_B)
+            logits_BV, cache = _prefill(graph, params, tokens_BT, cache, jnp.int32(start), length_B, rule)
         tokens = []
         for n in range(_NEW_TOKENS):
             token_B = logits_BV.argmax(-1).astype(jnp.int32)
             tokens.append(token_B)
             if n + 1 < _NEW_TOKENS:
-                logits_BV, cache = step(params, token_B, cache, length_B + n, length_B)
+                logits_BV, cache = _step(graph, params, token_B, cache, length_B + n, length_B)
         return [_text(row) for row in np.stack(tokens, axis=1)]
 
     return answer
+
+
+@functools.partial(jax.jit, static_argnames="graph", donate_argnames="cache")
+def _prefill(
+    graph: nnx.GraphDef,
+    params: nnx.State,
+    tokens_BT: jax.Array,
+    cache: KVCache,
+    start: jax.Array,
+    length_B: jax.Array,
+    sparse: SparsePrefill | None,
+) -> tuple[jax.Array, KVCache]:
+    """Runs one piece; the logits [B, V] are those of the last prompt token, if it lies in this piece."""
+    model = nnx.merge(graph, params)
+    x_BTD, cache = model.extend(tokens_BT, cache, start, length_B, sparse)
+    last_B = jnp.clip(length_B - 1 - start, 0, tokens_BT.shape[1] - 1)
+    return model.logits(x_BTD[jnp.arange(len(length_B)), last_B]), cache
+
+
+@functools.partial(jax.jit, static_argnames="graph", donate_argnames="cache")
+def _step(
+    graph: nnx.GraphDef,
+    params: nnx.State,
+    token_B: jax.Array,
+    cache: KVCache,
+    position_B: jax.Array,
+    length_B: jax.Array,
+) -> tuple[jax.Array, KVCache]:
+    return nnx.merge(graph, params).step(token_B, cache, position_B, length_B)
 
 
 def _text(tokens_T: np.ndarray) -> str:

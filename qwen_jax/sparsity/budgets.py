@@ -18,6 +18,7 @@ import numpy as np
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import QwenJaxError
 from qwen_jax.json_fields import read_json
+from qwen_jax.sparsity.progress_file import write_whole
 
 FILE_NAME = "sparse_attention_config.json"
 PATTERN = "vertical_and_slash"
@@ -39,6 +40,11 @@ class Budget:
     score: float = 1.0
 
 
+def as_read(budget: Budget) -> Budget:
+    """The entry as the engine reads it: exactly 30 columns, the sinks alone, are 130 (`algorithms.md` 4.2)."""
+    return dataclasses.replace(budget, vertical=_READ_AS) if budget.vertical == _SINKS_ALONE else budget
+
+
 class LineBudgets:
     """The budgets of all heads as the engine uses them; never changed: what a piece cannot use is cut off where it is used.
 
@@ -54,10 +60,9 @@ class LineBudgets:
 
     @classmethod
     def of(cls, heads_LN: list[list[Budget]]) -> LineBudgets:
-        """The arrays of entries as read from a file, 30 columns read as 130."""
-        vertical = np.array([[b.vertical for b in layer] for layer in heads_LN], np.int32)
+        """The arrays of entries as a file has them."""
+        vertical = np.array([[as_read(b).vertical for b in layer] for layer in heads_LN], np.int32)
         slash = np.array([[b.slash for b in layer] for layer in heads_LN], np.int32)
-        vertical = np.where(vertical == _SINKS_ALONE, _READ_AS, vertical).astype(np.int32)
         return cls(jnp.asarray(vertical), jnp.asarray(slash), int(vertical.max()))
 
 
@@ -93,11 +98,11 @@ def read(path: str | Path, config: ModelConfig) -> list[list[Budget]]:
 
 
 def write(path: str | Path, heads_LN: list[list[Budget]]) -> None:
-    """Writes entries in the published format; `read` gives them back unchanged."""
+    """Writes entries in the published format, all at once; `read` gives them back unchanged."""
     raw = [
         {str(n): [PATTERN, b.vertical, b.slash, b.score] for n, b in enumerate(layer)} for layer in heads_LN
     ]
-    Path(path).write_text(json.dumps(raw), encoding="utf-8")
+    write_whole(Path(path), json.dumps(raw))
 
 
 def _entry(raw: Any, where: str) -> Budget:
