@@ -4,10 +4,9 @@
     python scripts/bench_load.py --folder PATH          # of a checkpoint that is there
 
 Each row is timed with the files out of the page cache (posix_fadvise, as far as the system honours it) and in it. The plain
-read goes through one buffer of 8 MB from front to end, and so needs no memory for what it reads; the same read into
-new memory is given beside it. A load ends when every array is on the device; each runs in a process of its own, which has
-imported all and started the device before the clock, and finds its few programs in a compilation cache; the load that filled
-the cache is a row too.
+read goes through one buffer of 8 MB from front to end, and so needs no memory for what it reads; the same read into new memory
+is given beside it. A load ends when every array is on the device; the first one of a kind compiles its few programs and has a
+row of its own.
 
 The first token is that of the demo checkpoint in a new process, from the start of Python to the end of a one-token answer, with
 an empty compilation cache and with a full one.
@@ -16,7 +15,6 @@ an empty compilation cache and with a full one.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -25,28 +23,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import results
 from bench_convert import _config
 
 from qwen_jax.convert import convert
 from qwen_jax.convert.synthetic import write_random_checkpoint
 from qwen_jax.evals import demo_folder
+from qwen_jax.linear import WEIGHT_DTYPES
+from qwen_jax.loading import load_params, open_checkpoint
 
 BLOCK = 8 << 20
-LOADS: dict[str, dict[str, str]] = {"bfloat16": {}, "int8": {"weight_dtype": "int8"}}
+KINDS = ("bfloat16", "int8")
 
-_LOAD = """
-import json, sys, time
-import jax
-from qwen_jax.loading import open_checkpoint, load_params
-from qwen_jax.linear import WEIGHT_DTYPES
-folder, weight_dtype = sys.argv[1:3]
-jax.device_put(0.0).block_until_ready()
-start = time.monotonic()
-arrays = load_params(open_checkpoint(folder), weight_dtype=WEIGHT_DTYPES.get(weight_dtype))
-jax.block_until_ready(arrays)
-print(json.dumps(time.monotonic() - start))
-"""
 _FIRST_TOKEN = """
 import sys
 from qwen_jax import LLM, SamplingParams
@@ -71,41 +61,37 @@ def drop(folder: Path) -> None:
 def plain_read(folder: Path, *, fresh: bool) -> float:
     """Seconds to read every file in order, into one buffer or into new memory."""
     start = time.monotonic()
+    block = np.empty(BLOCK, np.uint8)
+    kept = [block]
     for file in files_of(folder):
-        size = file.stat().st_size
-        memory = memoryview(bytearray(min(BLOCK, size))) if not fresh else None
-        kept = []
         with file.open("rb", buffering=0) as stream:
-            while size > 0:
-                block = memory if memory is not None else memoryview(bytearray(BLOCK))
-                kept += [block] * fresh
-                size -= stream.readinto(block[: min(BLOCK, size)]) or size
+            while stream.readinto(memoryview(block)):
+                if fresh:
+                    block = np.empty(BLOCK, np.uint8)
+                    kept.append(block)
     return time.monotonic() - start
 
 
-def run(code: str, cache: Path, *arguments: str) -> str:
-    """What a process of its own prints, with a compilation cache."""
-    environment = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    command = [sys.executable, "-P", "-c", code, *arguments]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
-
-
-def load(folder: Path, kind: str, cache: Path) -> float:
+def load(folder: Path, kind: str) -> float:
     """Seconds of one load."""
-    return float(json.loads(run(_LOAD, cache, str(folder), kind).splitlines()[-1]))
+    start = time.monotonic()
+    jax.block_until_ready(load_params(open_checkpoint(folder), weight_dtype=WEIGHT_DTYPES.get(kind)))
+    return time.monotonic() - start
 
 
 def first_token(cache: Path) -> float:
     """Seconds from nothing to the first token of the demo checkpoint."""
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
+    command = [sys.executable, "-P", "-c", _FIRST_TOKEN, str(demo_folder.DEFAULT)]
     start = time.monotonic()
-    run(_FIRST_TOKEN, cache, str(demo_folder.DEFAULT))
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
     return time.monotonic() - start
 
 
-def measure(folder: Path, cache: Path) -> dict[str, Any]:
+def measure(folder: Path) -> dict[str, Any]:
     """Rates in GB/s of one checkpoint."""
     size = sum(file.stat().st_size for file in files_of(folder))
     rows: dict[str, Any] = {"bytes": size}
@@ -114,13 +100,13 @@ def measure(folder: Path, cache: Path) -> dict[str, Any]:
         rows[name] = round(size / seconds / 1e9, 3)
         print(f"{folder.name:10s} {name:36s} {seconds:7.2f} s {rows[name]:7.2f} GB/s", flush=True)
 
-    for kind in LOADS:
-        note(f"load {kind}, in page cache, compiling", load(folder, kind, cache / kind))
+    for kind in KINDS:
+        note(f"load {kind}, in page cache, compiling", load(folder, kind))
     for state in ("out of page cache", "in page cache"):
         for name, action in (
             ("plain read", lambda: plain_read(folder, fresh=False)),
             ("plain read, new memory", lambda: plain_read(folder, fresh=True)),
-            *((f"load {kind}", lambda kind=kind: load(folder, kind, cache / kind)) for kind in LOADS),
+            *((f"load {kind}", lambda kind=kind: load(folder, kind)) for kind in KINDS),
         ):
             if state.startswith("out"):
                 drop(folder)
@@ -141,6 +127,11 @@ def main() -> None:
     report: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=args.tmp, prefix="bench_load_") as scratch:
         base = Path(scratch)
+        report["first_token_seconds"] = {
+            name: round(first_token(base / "compiled"), 2) for name in ("compiling", "compiled before")
+        }
+        print(report["first_token_seconds"], flush=True)
+        jax.device_put(0.0).block_until_ready()  # only now: the processes above needed the device
         if args.folder:
             folders = {"given": args.folder}
         else:
@@ -150,11 +141,7 @@ def main() -> None:
                 folders["converted"] = base / "orbax"
                 convert(folders["safetensors"], folders["converted"])
         for name, folder in folders.items():
-            report[name] = measure(folder, base / "cache")
-        report["first_token_seconds"] = {
-            name: round(first_token(base / "compiled"), 2) for name in ("compiling", "compiled before")
-        }
-        print(report["first_token_seconds"], flush=True)
+            report[name] = measure(folder)
     if args.out:
         results.write(args.out, report)
 

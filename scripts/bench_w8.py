@@ -28,11 +28,11 @@ from qwen_jax.evals.passkey import evaluate, make_task
 from qwen_jax.model import Qwen2
 from qwen_jax.prefill import Prefiller
 
-KINDS: dict[str, dict[str, str]] = {
+KINDS: dict[str, dict[str, Any]] = {
     "bfloat16": {},
+    "fp8 products": {"matmul": "fp8"},
     "int8 weights": {"weight_dtype": "int8"},
     "fp8 weights": {"weight_dtype": "fp8"},
-    "fp8 products": {"matmul": "fp8"},
 }
 
 
