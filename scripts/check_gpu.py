@@ -19,7 +19,11 @@ import numpy as np
 
 from qwen_jax.config import DualChunk
 from qwen_jax.kernels.attention.api import BACKENDS as PREFILL
+from qwen_jax.kernels.cutoffs.api import BACKENDS as CUTOFFS
+from qwen_jax.kernels.cutoffs.ranks import rank_of
 from qwen_jax.kernels.decode_attention.api import BACKENDS as DECODE
+from qwen_jax.kernels.line_scores.api import BACKENDS as LINES
+from qwen_jax.kernels.line_scores.api import line_scores
 from qwen_jax.kernels.quantised import quantise
 from qwen_jax.kernels.sparse_attention.api import BACKENDS as SPARSE
 from qwen_jax.kernels.sparse_attention.bands import tile_distances
@@ -66,6 +70,24 @@ SPARSE_CASES: dict[str, tuple[Any, ...]] = {
     "a row that sees nothing": (2, 256, 4, 2, 128, 512, 0, [0, 256], None, 30, 2),
     "many items": (2, 2048, 28, 4, 128, 8192, 2 * 2048, [6144, 5000], LARGE, 1000, 20),
 }  # fmt: skip
+
+# name: as PREFILL_CASES, then the number of last queries
+LINE_CASES: dict[str, tuple[Any, ...]] = {
+    "one tile": (1, 64, 4, 2, 128, 128, 0, [64], None, 64),
+    "every stage, G = 7": (1, 512, 28, 4, 128, 8 * S, 6 * S, [6 * S + 512], SMALL, 64),
+    "G = 8": (1, 128, 8, 1, 128, 4 * S, 3 * S, [3 * S + 100], SMALL, 64),
+    "ragged batch": (3, 256, 8, 4, 128, 2048, 1024, [1280, 1100, 3], SMALL, 64),
+    "fewer queries than rows": (1, 19, 7, 1, 128, 2048, 1024, [1043], SMALL, 5),
+    "head 64, odd ends": (2, 100, 14, 2, 64, 3000, 2900, [3000, 2931], None, 64),
+    "many tiles a range": (1, 1024, 4, 4, 128, 1 << 18, (1 << 18) - 2048, [(1 << 18) - 1029], LARGE, 64),
+}  # fmt: skip
+
+# name: (rows, size, counts); the scores of a row: probabilities, few distinct values, or mostly 0
+CUTOFF_CASES: dict[str, tuple[Any, ...]] = {
+    "short rows": (3, 52, [0, 1, 40]),
+    "many": (4, 50_000, [29, 1000, 40_000, 46_000]),
+    "a whole cache": (3, 1 << 20, [20_000, 1, 1_000_000]),
+}
 
 # name: (heads, kv heads, head dim, capacity, positions, prompt lengths, dual chunk)
 DECODE_CASES: dict[str, tuple[Any, ...]] = {
@@ -237,6 +259,64 @@ def check_decode(backend: str, case: tuple[Any, ...], seed: int) -> tuple[float,
     return worst_out, worst_lse, empty_right
 
 
+def check_lines(backend: str, case: tuple[Any, ...], seed: int) -> tuple[float, float, bool]:
+    """(worst relative error of a head's columns, of its diagonals, are heads without queries -inf); against float32."""
+    B, T, N, K, H, capacity, q_start, kv_len, dca, last_queries = case
+    rotary = tools.rotary(H, dca)
+    q = tools.random(seed, (B, T, N, H))
+    k = tools.random(seed + 1, (2, B, K, capacity, H))
+    end = max(min(q_start + T, n) for n in kv_len)
+    k = k.at[0].set(jnp.nan).at[:, :, :, -(-end // 128) * 128 :].set(jnp.nan)
+
+    def run(backend: str, q: jax.Array, k: jax.Array) -> Any:
+        @jax.jit
+        def scores(q: Any, k: Any, layer: Any, q_start: Any, kv_len: Any, scale: Any) -> Any:
+            return line_scores(
+                q, k, layer=layer, q_start=q_start, kv_len_B=kv_len, rotary=rotary, scale_B=scale,
+                last_queries=last_queries, backend=backend,
+            )  # fmt: skip
+
+        scale = jnp.full(B, 1.5 * H**-0.5, jnp.float32)
+        return scores(q, k, jnp.int32(1), jnp.int32(q_start), jnp.array(kv_len, jnp.int32), scale)
+
+    got, want = run(backend, q, k), run("xla", q.astype(jnp.float32), jnp.nan_to_num(k.astype(jnp.float32)))
+    errors, same_infinities = [], True
+    for sums, right in zip(got, want, strict=True):
+        sums, right = np.asarray(sums, np.float64), np.asarray(right, np.float64)
+        same_infinities &= bool(
+            (np.isinf(sums) == np.isinf(right)).all()
+            and (sums[np.isinf(sums)] == right[np.isinf(right)]).all()
+        )
+        sums, right = (np.where(np.isfinite(right), x, 0) for x in (sums, right))
+        distance, size = np.linalg.norm(sums - right, axis=-1), np.linalg.norm(right, axis=-1)
+        errors.append(float((distance / np.maximum(size, 1e-30))[size > 0].max(initial=0.0)))
+    return errors[0], errors[1], same_infinities
+
+
+def check_cutoffs(backend: str, case: tuple[Any, ...], seed: int) -> tuple[float, float, bool]:
+    """(places chosen wrongly, in rows of one array and of another, is neither empty where it should not be); against a sort."""
+    rows, size, counts = case
+    rng = np.random.default_rng(seed)
+    scores = np.exp(rng.normal(-10, 5, (rows, size))).astype(np.float32)
+    scores[:, : size // 40] = np.inf
+    scores[:, size - size // 10 :] = -np.inf
+    tied = np.where(rng.random((rows, size)) < 0.1, scores, rng.integers(0, 2, (rows, size))).astype(
+        np.float32
+    )
+    count_AX = np.array([counts[:rows], counts[::-1][:rows]], np.int32)
+    find = jax.jit(lambda scores, count: CUTOFFS[backend](scores, count))
+    least_AX, last_AX = find([jnp.asarray(scores), jnp.asarray(tied)], jnp.asarray(count_AX))
+    wrong = []
+    for x_XS, *cuts in zip((scores, tied), count_AX, np.asarray(least_AX), np.asarray(last_AX), strict=True):
+        wrong.append(0)
+        for x_S, count, least, last in zip(x_XS, *cuts, strict=True):
+            rank = np.asarray(rank_of(jnp.asarray(x_S)))
+            kept = (rank > least) | ((rank == least) & (np.arange(size) <= last))
+            order = np.argsort(-rank, kind="stable")[:count]
+            wrong[-1] += int((kept != (np.isin(np.arange(size), order) & (rank >= 0))).sum())
+    return *wrong, True
+
+
 def scratch_bytes() -> dict[str, tuple[int, int]]:
     """Of compiled programs: (bytes of scratch, bytes of one layer's keys), for caches too large to copy unnoticed."""
     rotary = tools.rotary(128, tools.QWEN_1M)
@@ -284,26 +364,27 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     failures = 0
-    for kind, cases, backends, check in (
-        ("prefill", PREFILL_CASES, PREFILL, check_prefill),
-        ("sparse", SPARSE_CASES, SPARSE, check_sparse),
-        ("decode", DECODE_CASES, DECODE, check_decode),
+    for kind, cases, backends, check, measures in (
+        ("prefill", PREFILL_CASES, PREFILL, check_prefill, ("out", "lse")),
+        ("sparse", SPARSE_CASES, SPARSE, check_sparse, ("out", "lse")),
+        ("lines", LINE_CASES, LINES, check_lines, ("columns", "diagonals")),
+        ("cutoffs", CUTOFF_CASES, CUTOFFS, check_cutoffs, ("wrong", "wrong with ties")),
+        ("decode", DECODE_CASES, DECODE, check_decode, ("out", "lse")),
     ):
         for backend in arguments.backends.split(","):
             for name, case in cases.items() if backend in backends else ():
                 if not any(part in f"{kind} {name}" for part in arguments.only.split(",")):
                     continue
                 try:
-                    error, lse_error, empty_right = check(backend, case, arguments.seed)
+                    *errors, rest_right = check(backend, case, arguments.seed)
                 except NotImplementedError as refusal:
                     print(f"refused  {kind:8} {backend:10} {name}: {refusal}")
                     continue
-                good = error <= TOLERANCE and lse_error <= LSE_TOLERANCE and empty_right
+                good = errors[0] <= TOLERANCE and errors[1] <= LSE_TOLERANCE and rest_right
                 failures += not good
                 verdict = "ok      " if good else "FAILED  "
-                print(
-                    f"{verdict} {kind:8} {backend:10} {name}: out {error:.1e} lse {lse_error:.1e}", flush=True
-                )
+                found = " ".join(f"{name} {error:.1e}" for name, error in zip(measures, errors, strict=True))
+                print(f"{verdict} {kind:8} {backend:10} {name}: {found}", flush=True)
     for kind, (scratch, layer) in scratch_bytes().items() if not arguments.only else ():
         failures += scratch >= layer // 2
         print(f"{kind}: {scratch / 1e6:.1f} MB of scratch; one layer's keys take {layer / 1e6:.1f} MB")

@@ -1,0 +1,124 @@
+"""Line scores on NVIDIA Hopper GPUs: what the Mosaic GPU kernels serve, and what lies around them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from qwen_jax.kernels.hopper import LOG2E, why_not_hopper
+from qwen_jax.kernels.line_scores.hopper import ROWS, Problem, Tiling, line_sums, log_sum_exps
+from qwen_jax.kernels.line_scores.hopper_sums import TILE
+from qwen_jax.rope import Rotary, Stage
+
+
+def attention_sums(
+    q_BTNH: jax.Array,
+    k_LBKSH: jax.Array,
+    *,
+    layer: jax.Array,
+    q_start: jax.Array,
+    end_B: jax.Array,
+    rotary: Rotary,
+    scale_B: jax.Array,
+    last_queries: int,
+    tiling: Tiling | None = None,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array]:
+    """See `kernels.line_scores.reference.attention_sums`. Keys must be finite up to the end of a tile of 128.
+
+    Args:
+        tiling: sizes of the kernels; None for the tuned ones.
+        interpret: parameters of jax's GPU interpreter, to run without a GPU.
+
+    Raises:
+        NotImplementedError: not a Hopper GPU, or shapes and dtypes the kernels do not serve.
+    """
+    if not interpret and (reason := why_not_hopper()):
+        raise NotImplementedError(reason)
+    tiling = tiling or Tiling()
+    if reason := refusal(q_BTNH, k_LBKSH, rotary, last_queries, tiling):
+        raise NotImplementedError(reason)
+    B, T, N, H = q_BTNH.shape
+    K, S = k_LBKSH.shape[2:4]
+    G = N // K
+    problem = Problem(3 if rotary.dca else 1, B, N, K, S, H)
+    # The ROWS queries that end at `end`, or the first ones where fewer are real.
+    first_B = jnp.clip(end_B - q_start - ROWS, 0, max(T - ROWS, 0))
+    i_B = q_start + first_B
+    real_BR = _positions(i_B) < end_B[:, None]
+    real_BR &= _positions(i_B) >= jnp.maximum(end_B - last_queries, q_start)[:, None]
+    seen_B = jnp.where(end_B > q_start, end_B, 0)
+    q = _rotations(q_BTNH, first_B, i_B, scale_B.astype(jnp.float32) * LOG2E, rotary).reshape(-1, G, ROWS, H)
+    k = k_LBKSH.reshape(-1, S, H)
+    where = jnp.stack([layer, *rotary.stage_starts(q_start)])
+    rows = jnp.stack([i_B, seen_B], axis=1).reshape(-1)
+    parts = log_sum_exps(problem, tiling, q_BTNH.dtype, interpret)(where, rows, q, k)
+    parts_BKPGR = parts.reshape(B, K, -1, G, ROWS)
+    peak_BKGR = parts_BKPGR.max(2)
+    lse_BKGR = peak_BKGR + jnp.log2(jnp.exp2(parts_BKPGR - peak_BKGR[:, :, None]).sum(2))
+    lse_BKGR = jnp.where(real_BR[:, None, None], lse_BKGR, jnp.inf)
+    columns, diagonals = line_sums(problem, tiling, q_BTNH.dtype, interpret)(
+        where, rows, q, k, lse_BKGR.reshape(-1, G, ROWS)
+    )
+    return columns.reshape(B, N, -1)[..., :S], _by_distance(
+        diagonals.reshape(B, N, -1, 2 * ROWS), i_B, seen_B, S
+    )
+
+
+def refusal(
+    q_BTNH: jax.Array, k_LBKSH: jax.Array, rotary: Rotary, last_queries: int, tiling: Tiling
+) -> str | None:
+    """Why the kernels cannot serve these shapes and dtypes, or None."""
+    K, capacity, head_dim = k_LBKSH.shape[2:]
+    if {q_BTNH.dtype, k_LBKSH.dtype} != {jnp.dtype(jnp.bfloat16)}:
+        return f"needs bfloat16 queries and keys, got {q_BTNH.dtype}, {k_LBKSH.dtype}"
+    if head_dim not in (64, 128):
+        return f"needs a head dimension of 64 or 128, got {head_dim}"
+    if last_queries > ROWS:
+        return f"needs at most {ROWS} last queries, got {last_queries}"
+    if q_BTNH.shape[2] // K * head_dim > 8 * 128:
+        return f"needs at most {8 * 128 // head_dim} query heads a KV head, got {q_BTNH.shape[2] // K}"
+    if capacity % 8:
+        return f"needs a cache capacity that is a multiple of 8, got {capacity}"
+    if rotary.chunk_len and rotary.chunk_len % tiling.first_keys:
+        return f"needs a dual chunk length that is a multiple of {tiling.first_keys}, got {rotary.chunk_len}"
+    return None
+
+
+def _positions(first_B: jax.Array) -> jax.Array:
+    return first_B[:, None] + jnp.arange(ROWS, dtype=jnp.int32)
+
+
+def _rotations(
+    q_BTNH: jax.Array, first_B: jax.Array, i_B: jax.Array, factor_B: jax.Array, rotary: Rotary
+) -> jax.Array:
+    """The last queries as each stage's keys see them, scaled, rounded once, stages in key order: [stages, B, N, ROWS, H]."""
+    T = q_BTNH.shape[1]
+    q_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, max(ROWS - T, 0)), (0, 0), (0, 0)))
+    q_BRNH = jax.vmap(lambda q_TNH, first: lax.dynamic_slice_in_dim(q_TNH, first, ROWS))(q_BTNH, first_B)
+    q_BRNH = q_BRNH.astype(jnp.float32) * factor_B[:, None, None, None]
+    stages = (Stage.INTER, Stage.SUCC, Stage.INTRA) if rotary.dca else (Stage.INTRA,)
+    i_BR = _positions(i_B)
+    q_VBRNH = jnp.stack([rotary.rotate_queries(q_BRNH, i_BR, stage, critical=True) for stage in stages])
+    return jnp.swapaxes(q_VBRNH, 2, 3).astype(q_BTNH.dtype)
+
+
+def _by_distance(diagonals_BNMX: jax.Array, i_B: jax.Array, seen_B: jax.Array, capacity: int) -> jax.Array:
+    """The sums of every tile of keys, by diagonal within the tile, as sums by distance, float32[B, N, S].
+
+    Entry x < ROWS of tile m holds distance i - ROWS m + (ROWS - 1 - x), the upper half the same less ROWS: laid end to end, the
+    lower halves run over all distances downwards, and so do the upper ones, a tile later.
+    """
+    B, N, M, _ = diagonals_BNMX.shape
+    there_BNM1 = (jnp.arange(M) < (seen_B[:, None] + (TILE - 1)) // TILE)[:, None, :, None]
+    near, far = (
+        jnp.where(there_BNM1, half, 0.0).reshape(B, N, M * ROWS)
+        for half in jnp.split(diagonals_BNMX, 2, axis=-1)
+    )
+    # One tile more: the last diagonals of a piece that ends within a tile.
+    near, far = jnp.pad(near, ((0, 0), (0, 0), (0, 2 * ROWS))), jnp.pad(far, ((0, 0), (0, 0), (ROWS, ROWS)))
+    at_BS = i_B[:, None] + (ROWS - 1) - jnp.arange(capacity, dtype=jnp.int32)
+    return jnp.take_along_axis(near + far, jnp.maximum(at_BS, 0)[:, None], axis=-1)
