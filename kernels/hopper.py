@@ -13,6 +13,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from qwen_jax.kernels.blocks import Blocks, Share
+
 LOG2E = math.log2(math.e)
 SHARED_BYTES = 227 * 1024  # shared memory a block may take
 
@@ -42,6 +44,43 @@ def why_not_hopper() -> str | None:
             f"runs on NVIDIA Hopper GPUs (compute capability 9.0), not on {device.device_kind} ({capability})"
         )
     return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """What positions the key tiles of a cache hold, inside a kernel; `blocks` and `rank` as in `blocks.Share`, or None and 0.
+
+    A tile lies in one block: `keys` of them, consecutive positions.
+    """
+
+    blocks: Blocks | None
+    rank: jax.Array
+    keys: int
+
+    def start(self, tile: jax.Array) -> jax.Array:
+        """The position of a tile's first key."""
+        if self.blocks is None:
+            return tile * self.keys
+        each = self.blocks.size // self.keys
+        own = self.rank * self.blocks.size + lax.rem(tile, each) * self.keys
+        return lax.div(tile, each) * self.blocks.round + own
+
+    def below(self, position: jax.Array) -> jax.Array:
+        """How many slots hold positions below this one."""
+        if self.blocks is None:
+            return position
+        rest = lax.rem(position, self.blocks.round) - self.rank * self.blocks.size
+        own = jnp.minimum(jnp.maximum(rest, 0), self.blocks.size)
+        return lax.div(position, self.blocks.round) * self.blocks.size + own
+
+
+def why_not_shared(share: Share | None, keys: int) -> str | None:
+    """Why tiles of `keys` keys cannot be read from a cache that is dealt out, or None."""
+    if share is None or share.blocks.size % keys == 0:
+        return None
+    return (
+        f"needs a cache dealt out in blocks of whole key tiles of {keys}, got blocks of {share.blocks.size}"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,23 +14,22 @@ from qwen_jax.cli import options
 from qwen_jax.processes import join
 
 GREEDY = SamplingParams(max_new_tokens=6, greedy=True, ignore_eos=True)
-PROMPTS = [np.random.default_rng(0).integers(0, 256, n).tolist() for n in (70, 9)]
+PROMPT = np.random.default_rng(0).integers(0, 256, 70).tolist()
 
 
 def main() -> None:
     folder, mesh, coordinator, processes, process, *forever = sys.argv[1:]
     join(coordinator, int(processes), int(process))
-    llm = LLM(folder, mesh=options.mesh(mesh), max_len=256, prefill_chunk=128)
-    print(json.dumps(seen(llm)), flush=True)
+    llm = LLM(folder, mesh=options.mesh(mesh), max_len=1024, prefill_chunk=1024)
+    print(json.dumps(seen(llm, forever)), flush=True)
     while forever:
-        llm.score(PROMPTS[0])
+        seen(llm, forever)
 
 
-def seen(llm: LLM) -> dict[str, object]:
-    return {
-        "tokens": [answer.token_ids for answer in llm.generate(PROMPTS, GREEDY)],
-        "scores": llm.score(PROMPTS[0]).tolist(),
-    }
+def seen(llm: LLM, without_scores: object = False) -> dict[str, list]:
+    """Tokens, and scores unless they are to be left out: they take a program more."""
+    tokens = llm.generate(PROMPT, GREEDY).token_ids
+    return {"tokens": tokens, "scores": [] if without_scores else llm.score(PROMPT).tolist()}
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from qwen_jax.kernels.quantised import expanding
 from qwen_jax.rope import Rotary
 
 BACKENDS: dict[str, Backend] = {
-    "mosaic_gpu": expanding(alone(on_gpu("qwen_jax.kernels.attention.mosaic_gpu", "attend"))),
+    "mosaic_gpu": expanding(on_gpu("qwen_jax.kernels.attention.mosaic_gpu", "attend")),
     "mosaic_tpu": expanding(alone(on_tpu("qwen_jax.kernels.attention.mosaic_tpu", "attend"))),
     "cudnn": expanding(alone(on_gpu("qwen_jax.kernels.attention.cudnn", "attend"))),
     "xla": expanding(reference.attend),

@@ -21,7 +21,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from qwen_jax.kernels.hopper import Ring, multiprocessors, tiled
+from qwen_jax.kernels.blocks import Blocks
+from qwen_jax.kernels.hopper import Held, Ring, multiprocessors, tiled
 from qwen_jax.kernels.hopper_walk import COLUMN, ROW, ROWS, Walk
 
 _L2_BYTES = 32 * 2**20  # K and V of the heads that run side by side should fit in this much of L2
@@ -53,7 +54,10 @@ class Tiling:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """The shapes of a call; versions = rotations of the queries: 3 with dual chunk attention, else 1."""
+    """The shapes of a call; versions = rotations of the queries: 3 with dual chunk attention, else 1.
+
+    blocks: how positions are dealt to several devices, of which this one's are in the cache; None: all are.
+    """
 
     versions: int
     batch: int
@@ -62,6 +66,7 @@ class Problem:
     kv_heads: int
     capacity: int
     head_dim: int
+    blocks: Blocks | None = None
 
     @property
     def group(self) -> int:
@@ -83,9 +88,9 @@ def prefill(
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """The kernel of these shapes: (where, kv_len, q, k, v) -> (out [B, T, N, H], lse [B, N, T rounded up to items]).
 
-    where: int32[4], (layer, q_start, first SUCC key, first INTRA key). kv_len: int32[B]. q: [versions * B, T, N, H],
-    versions in key order, scaled so that q . k is a base-2 exponent. k, v: [L * B * K, S, H]. T and S are multiples of 8.
-    lse is natural.
+    where: int32[5], (layer, q_start, slots of the first SUCC and of the first INTRA key, rank). kv_len: int32[B].
+    q: [versions * B, T, N, H], versions in key order, scaled so that q . k is a base-2 exponent. k, v: [L * B * K, S, H].
+    T and S are multiples of 8. lse is natural.
     """
     B, T, N, H = problem.batch, problem.queries, problem.heads, problem.head_dim
     wgs, bkv, stages = tiling.wgs, tiling.block_kv, tiling.stages
@@ -105,6 +110,7 @@ def prefill(
         layer, q_start = where_ref[0], where_ref[1]
         # Tiles [0, succ) are INTER, [succ, intra) SUCC, the rest INTRA.
         succ, intra = lax.div(where_ref[2], bkv), lax.div(where_ref[3], bkv)
+        held = Held(problem.blocks, where_ref[4], bkv)
         cluster = "cluster" if tiling.cluster > 1 else None
         keys, values = Ring(k_smem, k_full, k_free, cluster), Ring(v_smem, v_full, v_free, cluster)
         in_item = (lax.axis_index("cluster") if cluster else 0) * (
@@ -119,7 +125,7 @@ def prefill(
             pair = section * together + lax.rem(n, together)
             b, head = lax.div(pair, N), lax.rem(pair, N)
             t = (q_tiles - 1 - lax.div(n, together)) * tiling.rows
-            seen = jnp.minimum(q_start + t + tiling.rows, kv_len_ref[b])
+            seen = held.below(jnp.minimum(q_start + t + tiling.rows, kv_len_ref[b]))
             return b, head, t, jnp.maximum(lax.div(seen + (bkv - 1), bkv), 1)
 
         def each_item(body: Callable[..., jax.Array]) -> jax.Array:
@@ -145,7 +151,7 @@ def prefill(
 
             def visible(s: jax.Array, _: jax.Array, j: jax.Array) -> jax.Array:
                 last = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW) + (q_start + t)
-                last = jnp.minimum(last, kv_len - 1) - j * bkv
+                last = jnp.minimum(last, kv_len - 1) - held.start(j)
                 key = plgpu.broadcasted_iota(jnp.int32, (bkv,), 0, layout=COLUMN)
                 seen = lax.broadcast_in_dim(key, s.shape, [1]) <= lax.broadcast_in_dim(last, s.shape, [0])
                 return jnp.where(seen, s, -jnp.inf)
@@ -158,7 +164,7 @@ def prefill(
                 switch_queries, free_queries, visible, bool(interpret),
             )  # fmt: skip
             plgpu.barrier_wait(q_full.at[wg])
-            full = jnp.minimum(lax.div(jnp.minimum(q_start + t + 1, kv_len), bkv), tiles)
+            full = jnp.minimum(lax.div(held.below(jnp.minimum(q_start + t + 1, kv_len)), bkv), tiles)
             softmax = walk(jnp.int32(0), full, tiles, first)
             out, natural = softmax.normalised()
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the item before has left o and lse

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from qwen_jax.kernels.attention.backward import with_reference_backward
 from qwen_jax.kernels.attention.hopper import Problem, Tiling, prefill
 from qwen_jax.kernels.attention.specs import tiling_for
-from qwen_jax.kernels.hopper import LOG2E, why_not_hopper
+from qwen_jax.kernels.blocks import EVERYTHING, Share
+from qwen_jax.kernels.hopper import LOG2E, why_not_hopper, why_not_shared
 from qwen_jax.rope import Rotary, Stage
 
 ROW_TILE = 8  # TMA with swizzled tiles moves rows in eights
@@ -26,12 +27,13 @@ def attend(
     kv_len_B: jax.Array,
     rotary: Rotary,
     scale_B: jax.Array,
+    share: Share | None = None,
     tiling: Tiling | None = None,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """See `kernels.attention.api.attend`. K and V must be finite up to the end of a key tile.
 
-    Differentiable in q, k, v and scale: the backward pass is the reference's.
+    Without a share it is differentiable in q, k, v and scale: the backward pass is the reference's.
 
     Args:
         tiling: sizes of the kernel; None for the tuned ones.
@@ -50,12 +52,17 @@ def attend(
         raise NotImplementedError(
             f"chunk length {rotary.chunk_len} is not a multiple of the key tile {tiling.block_kv}"
         )
+    if reason := why_not_shared(share, tiling.block_kv):
+        raise NotImplementedError(reason)
     integers = (
         jnp.asarray(layer, jnp.int32),
         jnp.asarray(q_start, jnp.int32),
         jnp.asarray(kv_len_B, jnp.int32),
     )
-    return _attend((rotary, tiling, interpret), q_BTNH, k_LBKSH, v_LBKSH, scale_B, integers)
+    static = rotary, tiling, interpret
+    if share is None:
+        return _differentiable(static, q_BTNH, k_LBKSH, v_LBKSH, scale_B, integers)
+    return _attend(static, q_BTNH, k_LBKSH, v_LBKSH, scale_B, integers, share)
 
 
 def refusal(q_BTNH: jax.Array, k_LBKSH: jax.Array, v_LBKSH: jax.Array, rotary: Rotary) -> str | None:
@@ -74,14 +81,14 @@ def refusal(q_BTNH: jax.Array, k_LBKSH: jax.Array, v_LBKSH: jax.Array, rotary: R
     return None
 
 
-def problem_of(q_BTNH: jax.Array, k_LBKSH: jax.Array, rotary: Rotary) -> Problem:
+def problem_of(q_BTNH: jax.Array, k_LBKSH: jax.Array, rotary: Rotary, share: Share | None = None) -> Problem:
     """The kernel's problem of a call; queries rounded up to what TMA can move."""
     B, T, N, H = q_BTNH.shape
     _, _, K, S, _ = k_LBKSH.shape
-    return Problem(3 if rotary.dca else 1, B, -(-T // ROW_TILE) * ROW_TILE, N, K, S, H)
+    versions, rows, blocks = len(rotary.stages), -(-T // ROW_TILE) * ROW_TILE, share.blocks if share else None
+    return Problem(versions, B, rows, N, K, S, H, blocks)
 
 
-@with_reference_backward
 def _attend(
     static: tuple[Rotary, Tiling, Any],
     q_BTNH: jax.Array,
@@ -89,21 +96,26 @@ def _attend(
     v_LBKSH: jax.Array,
     scale_B: jax.Array,
     integers: tuple[jax.Array, jax.Array, jax.Array],
+    share: Share | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     rotary, tiling, interpret = static
     layer, q_start, kv_len_B = integers
-    problem = problem_of(q_BTNH, k_LBKSH, rotary)
+    problem = problem_of(q_BTNH, k_LBKSH, rotary, share)
     T, S, H = q_BTNH.shape[1], problem.capacity, problem.head_dim
     kernel = prefill(problem, tiling, q_BTNH.dtype, interpret)
-    succ, intra = rotary.stage_starts(q_start)
+    held = share or EVERYTHING
+    succ, intra = (held.below(start) for start in rotary.stage_starts(q_start))
     out, lse_BNT = kernel(
-        jnp.stack([layer, q_start, succ, intra]),
+        jnp.stack([layer, q_start, succ, intra, jnp.int32(held.rank)]),
         kv_len_B,
         rotations(q_BTNH, q_start, scale_B.astype(jnp.float32) * LOG2E, rotary, problem.queries),
         k_LBKSH.reshape(-1, S, H),
         v_LBKSH.reshape(-1, S, H),
     )
     return out[:, :T], jnp.swapaxes(lse_BNT[..., :T], 1, 2)
+
+
+_differentiable = with_reference_backward(_attend)
 
 
 def rotations(

@@ -11,7 +11,7 @@ from qwen_jax.kernels.quantised import expanding
 from qwen_jax.rope import Rotary
 
 BACKENDS: dict[str, Backend] = {
-    "mosaic_gpu": alone(on_gpu("qwen_jax.kernels.decode_attention.mosaic_gpu", "decode_attend")),
+    "mosaic_gpu": on_gpu("qwen_jax.kernels.decode_attention.mosaic_gpu", "decode_attend"),
     "mosaic_tpu": alone(on_tpu("qwen_jax.kernels.decode_attention.mosaic_tpu", "decode_attend")),
     "xla": expanding(reference.decode_attend),
 }

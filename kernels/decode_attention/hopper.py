@@ -18,7 +18,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from qwen_jax.kernels.hopper import Ring, multiprocessors, tiled
+from qwen_jax.kernels.blocks import Blocks
+from qwen_jax.kernels.hopper import Held, Ring, multiprocessors, tiled
 from qwen_jax.kernels.hopper_walk import COLUMN, ROWS, Walk
 
 _LN2 = 0.6931471805599453
@@ -45,7 +46,8 @@ class Tiling:
 class Problem:
     """The shapes of a call; versions = rotations of the queries: 3 with dual chunk attention, else 1.
 
-    cache: dtype of keys and values. original: L0 of the length temperature, tokens; 0 for none.
+    cache: dtype of keys and values. original: L0 of the length temperature, tokens; 0 for none. blocks: how positions are
+    dealt to several devices, of which this one's are in the cache; None: all are.
     """
 
     versions: int
@@ -56,6 +58,7 @@ class Problem:
     head_dim: int
     original: int = 0
     cache: str = "bfloat16"
+    blocks: Blocks | None = None
 
     @property
     def group(self) -> int:
@@ -88,9 +91,10 @@ def shares(problem: Problem, tiling: Tiling) -> int:
 def decode(
     problem: Problem, tiling: Tiling, dtype: Any, interpret: Any = None
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """The kernel of these shapes: (layer, rows, cooling, q, k, v[, k_scale, v_scale]) -> (out, lse).
+    """The kernel of these shapes: (where, rows, cooling, q, k, v[, k_scale, v_scale]) -> (out, lse).
 
-    layer: int32[1]. rows: int32[4 * B], for each row its position, prompt length, first SUCC key, first INTRA key. cooling:
+    where: int32[2], (layer, rank). rows: int32[4 * B], for each row its position, prompt length, slots of the first SUCC and of
+    the first INTRA key. cooling:
     float32[B], for each row 1 / the temperature of prompt keys. q: [versions * B * K, 64, H], versions in key order, scaled so
     that q . k of a prompt key is a base-2 exponent. k, v: [L * B * K, S, H]; an
     8-bit cache's scales [L * B * K, S] float32. out float32 [B * K * shares, rows, H], lse float32
@@ -105,7 +109,7 @@ def decode(
     n_sources = 4 if problem.quantised else 2
 
     def kernel(
-        layer_ref: Any, rows_ref: Any, cooling_ref: Any, q_ref: Any, *refs: Any
+        where_ref: Any, rows_ref: Any, cooling_ref: Any, q_ref: Any, *refs: Any
     ) -> None:  # fmt: skip
         sources, (out_ref, lse_ref, q_smem, o_smem, lse_smem, q_full, q_free, *scratch) = (
             refs[:n_sources],
@@ -116,12 +120,13 @@ def decode(
         loaded = rings[2:] or rings  # the rings that the sources fill
         wg = lax.axis_index("wg")
         block = lax.axis_index("block")
+        held = Held(problem.blocks, where_ref[1], bkv)
 
         def item(n: jax.Array) -> tuple[jax.Array, ...]:
             """(batch row, its KV head among all rows', first tile, end tile) of share n; the end may not pass the first."""
             pair = lax.div(n, n_shares)
             b = lax.div(pair, K)
-            tiles = lax.div(rows_ref[4 * b] + bkv, bkv)
+            tiles = lax.div(held.below(rows_ref[4 * b] + 1) + (bkv - 1), bkv)
             share = lax.rem(n, n_shares)
             # In this order no product passes int32 for the cache sizes a GPU holds.
             return b, pair, lax.div(tiles * share, n_shares), lax.div(tiles * (share + 1), n_shares)
@@ -142,7 +147,7 @@ def decode(
             position, prompt_len = rows_ref[4 * b], rows_ref[4 * b + 1]
             cooling = cooling_ref[b]
             end = jnp.minimum(
-                position + 1, hi * bkv
+                position + 1, held.start(hi)
             )  # a share without tiles sees nothing of the tile it gets
             hi = jnp.maximum(hi, lo + 1)
 
@@ -155,7 +160,7 @@ def decode(
                         plgpu.barrier_wait(q_full)
 
             def visible(s: jax.Array, m: jax.Array, j: jax.Array) -> jax.Array:
-                key = plgpu.broadcasted_iota(jnp.int32, (bkv,), 0, layout=COLUMN) + j * bkv
+                key = plgpu.broadcasted_iota(jnp.int32, (bkv,), 0, layout=COLUMN) + held.start(j)
                 if problem.original:
                     length = jnp.maximum(key + 1, problem.original).astype(jnp.float32) * (
                         1 / problem.original
@@ -173,7 +178,7 @@ def decode(
             walk = Walk(q_smem, keys, values, switch_queries, free_queries, visible, bool(interpret), scales)
             plgpu.barrier_wait(q_full)
             plain = jnp.minimum(end, prompt_len) if problem.original else end
-            softmax = walk(lo, jnp.minimum(lax.div(plain, bkv), hi), hi, first)
+            softmax = walk(lo, jnp.minimum(lax.div(held.below(plain), bkv), hi), hi, first)
 
             out, natural = softmax.normalised()
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the share before has left o and lse
@@ -187,7 +192,7 @@ def decode(
         def load_tiles(pairs: list[tuple[Any, Ring]], n: jax.Array, first: jax.Array) -> jax.Array:
             _, pair, lo, hi = item(n)
             hi = jnp.maximum(hi, lo + 1)
-            at = layer_ref[0] * (B * K) + pair
+            at = where_ref[0] * (B * K) + pair
 
             def load(j: jax.Array, _: None) -> None:
                 for source, ring in pairs:

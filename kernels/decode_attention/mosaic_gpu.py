@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.kernels import quantised
+from qwen_jax.kernels.blocks import EVERYTHING, Share
 from qwen_jax.kernels.decode_attention.hopper import Problem, Tiling, decode, shares
 from qwen_jax.kernels.decode_attention.specs import tiling_for
-from qwen_jax.kernels.hopper import LOG2E, why_not_hopper
+from qwen_jax.kernels.hopper import LOG2E, why_not_hopper, why_not_shared
 from qwen_jax.kernels.hopper_walk import ROWS
 from qwen_jax.kernels.merge import merge
 from qwen_jax.rope import Rotary, Stage, temperature
@@ -28,6 +29,7 @@ def decode_attend(
     scale_B: jax.Array,
     k_scale_LBKS: jax.Array | None = None,
     v_scale_LBKS: jax.Array | None = None,
+    share: Share | None = None,
     tiling: Tiling | None = None,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -55,19 +57,25 @@ def decode_attend(
         H,
         rotary.dca.original_max_position_embeddings if rotary.dca else 0,
         str(k_LBKSH.dtype),
+        share.blocks if share else None,
     )
     tiling = tiling or tiling_for(problem, rotary.chunk_len)
     if rotary.chunk_len and rotary.chunk_len % tiling.block_kv:
         raise NotImplementedError(
             f"chunk length {rotary.chunk_len} is not a multiple of the key tile {tiling.block_kv}"
         )
+    if reason := why_not_shared(share, tiling.block_kv):
+        raise NotImplementedError(reason)
+    held = share or EVERYTHING
     position_B, prompt_len_B = (jnp.asarray(x, jnp.int32) for x in (position_B, prompt_len_B))
     query_B = jnp.maximum(position_B, 0)
     warmth_B = temperature(prompt_len_B, problem.original)
     factor_B = scale_B.astype(jnp.float32) * LOG2E * warmth_B
     out, lse = decode(problem, tiling, q_BNH.dtype, interpret)(
-        jnp.asarray(layer, jnp.int32).reshape(1),
-        jnp.stack([position_B, prompt_len_B, *rotary.stage_starts(query_B)], axis=1).reshape(-1),
+        jnp.stack([jnp.int32(layer), jnp.int32(held.rank)]),
+        jnp.stack([position_B, prompt_len_B, *map(held.below, rotary.stage_starts(query_B))], axis=1).reshape(
+            -1
+        ),
         1 / warmth_B,
         _rotations(q_BNH, query_B, factor_B, rotary, problem),
         k_LBKSH.reshape(-1, S, H),

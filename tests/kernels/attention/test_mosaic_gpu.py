@@ -11,12 +11,14 @@ from typing import Any
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from qwen_jax.config import DualChunk
 from qwen_jax.kernels import hopper as chip
 from qwen_jax.kernels.attention import api, hopper, mosaic_gpu, specs
 from qwen_jax.kernels.attention.hopper import Problem, Tiling
+from qwen_jax.kernels.blocks import Blocks, Share
 from qwen_jax.rope import Rotary
 from tests.kernels.attention.suite import AttentionSuite, Case
 
@@ -157,3 +159,28 @@ def test_tuned_sizes_are_found_by_device_and_obey_the_chunk() -> None:
         block_kv=128, stages=2, registers=(232, 40)
     )
     assert specs.tiling_for(problem, 64, "NVIDIA H200").block_kv == 64
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_share_of_the_positions() -> None:
+    """The second of two devices, over a boundary of dual chunk attention; its last block holds keys that no query sees."""
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.standard_normal((1, 24, 2, 64)), jnp.bfloat16)
+    k, v = (jnp.asarray(rng.standard_normal((1, 1, 1, 256, 64)), jnp.bfloat16) for _ in range(2))
+    call: dict[str, Any] = {
+        "layer": 0, "q_start": 450, "kv_len_B": jnp.array([470]), "rotary": Rotary(1e4, 64, 512, dca=DualChunk(272, 16)),
+        "scale_B": jnp.full(1, 0.2), "share": Share(Blocks(128, 2), 1),
+    }  # fmt: skip
+    out, lse = api.attend(q, k, v, **call, backend="mosaic_gpu")
+    want, want_lse = api.attend(q.astype(jnp.float32), k, v, **call, backend="xla")
+    assert np.linalg.norm(out[:, :20] - want[:, :20]) <= 1e-2 * np.linalg.norm(want[:, :20])
+    np.testing.assert_allclose(lse[:, :20], want_lse[:, :20], atol=2e-2)
+
+
+def test_shares_of_broken_tiles_are_refused(on_hopper: None) -> None:
+    q, cache = jnp.zeros((1, 8, 2, 64), jnp.bfloat16), jnp.zeros((1, 1, 1, 128, 64), jnp.bfloat16)
+    call: dict[str, Any] = {
+        "layer": 0, "q_start": 0, "kv_len_B": jnp.array([8]), "rotary": Rotary(1e4, 64, 512), "scale_B": jnp.ones(1)
+    }  # fmt: skip
+    with pytest.raises(NotImplementedError, match="in blocks of whole key tiles of 128, got blocks of 64"):
+        mosaic_gpu.attend(q, cache, cache, **call, share=Share(Blocks(64, 2), 0))

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from qwen_jax.config import DualChunk
+from qwen_jax.kernels.blocks import Blocks, Share
 from qwen_jax.kernels.decode_attention import api, hopper, mosaic_gpu, specs
 from qwen_jax.kernels.decode_attention.hopper import Problem, Tiling, shares
 from qwen_jax.kernels.quantised import quantise
@@ -139,3 +140,20 @@ def test_tuned_sizes_are_found_by_device_and_obey_the_chunk() -> None:
     problem = Problem(3, 1, 28, 4, 4096, 128)
     assert specs.tiling_for(problem, 253_952, "NVIDIA H200") == Tiling(block_kv=64, stages=4)
     assert specs.tiling_for(problem, 64, "NVIDIA H200").block_kv == 64
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_share_of_the_positions() -> None:
+    """The second of two devices: a row with keys of every stage and of both temperatures, and one without a key."""
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.standard_normal((2, 2, 64)), jnp.bfloat16)
+    k, v = (jnp.asarray(rng.standard_normal((1, 2, 1, 256, 64)), jnp.bfloat16) for _ in range(2))
+    call = {
+        "layer": 0, "position_B": jnp.array([470, 50]), "prompt_len_B": jnp.array([460, 40]), "scale_B": jnp.full(2, 0.2),
+        "rotary": Rotary(1e4, 64, 512, dca=DualChunk(272, 16, 100)), "share": Share(Blocks(128, 2), 1),
+    }  # fmt: skip
+    out, lse = api.decode_attend(q, k, v, **call, backend="mosaic_gpu")
+    want, want_lse = api.decode_attend(q.astype(jnp.float32), k, v, **call, backend="xla")
+    assert np.linalg.norm(out - want) <= 1e-2 * np.linalg.norm(want)
+    assert not out[1].any()
+    np.testing.assert_allclose(lse, want_lse, atol=2e-2)
