@@ -13,6 +13,7 @@ import pytest
 from qwen_jax.config import ModelConfig
 from qwen_jax.sparsity.budgets import FILE_NAME, read
 from qwen_jax.sparsity.switch import sparse_prefill
+from tests.fake_recall import fake_recall  # noqa: F401
 
 IDS = np.random.default_rng(0).integers(0, 256, 768).tolist()
 
@@ -27,6 +28,7 @@ def texts(tmp_path: Path) -> Path:
     return jsonl(tmp_path / "texts.jsonl", {"token_ids": IDS}, "", {"text": "word word " * 76 + "12345678"})
 
 
+@pytest.mark.usefixtures("fake_recall")
 def test_first_budgets_then_refined_ones_that_the_loader_reads(
     run, checkpoint: Path, texts: Path, tmp_path: Path
 ) -> None:
