@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=14, help="tasks at each length and depth")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--batch", type=int, default=56, help="tasks that run together")
+    parser.add_argument("--dtype", help="of weights and cache; default: the checkpoint's, bfloat16")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/sparse-passkey.json"))
     args = parser.parse_args()
     settings = {
@@ -86,7 +87,7 @@ def main() -> None:
     def say(text: str) -> None:
         print(f"{time.monotonic() - began:6.1f} s  {text}", flush=True)
 
-    model = load(demo_folder.DEFAULT)
+    model = load(demo_folder.DEFAULT, dtype=args.dtype)
     common = {"chunk": demo.PREFILL_CHUNK, "last_queries": LAST_QUERIES}
     if "first" not in result and set(args.modes) - {"dense"}:
         found = search(
