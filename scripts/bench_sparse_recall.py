@@ -239,7 +239,6 @@ def main() -> None:
             "command": "python scripts/bench_sparse_recall.py",
             "tokens": args.tokens, "piece": piece, "heads": {kind: len(each) for kind, each in points.items()},
             "curves": curves,
-            "by_head": {kind: np.round(each, 5).tolist() for kind, each in points.items()},
         },
     )  # fmt: skip
     draw(curves, args.plot)
@@ -249,13 +248,14 @@ def curve(heads: list[list[tuple[float, float, float, float]]]) -> list[dict[str
     """Means over heads at every density that all of them have, and the density at which bands recall what published does."""
     array = np.array([head[: min(map(len, heads))] for head in heads])
     density, published, cost, bands = array.mean(0).T
-    wins, losses = ((sign * (array[..., 3] - array[..., 1]) > 1e-3).sum(0) for sign in (1, -1))
+    gain = array[..., 3] - array[..., 1]
     return [
         {
             "density": round(float(density[n]), 4), "published": round(float(published[n]), 4),
             "bands": round(float(bands[n]), 4), "bands_density": round(float(cost[n]), 4),
             "bands_density_at_published_recall": round(float(np.interp(published[n], bands, cost)), 4),
-            "heads_better": int(wins[n]), "heads_worse": int(losses[n]),
+            "heads_better": int((gain[:, n] > 1e-3).sum()), "heads_worse": int((gain[:, n] < -1e-3).sum()),
+            "largest_gain": round(float(gain[:, n].max()), 4), "largest_loss": round(float(-gain[:, n].min()), 4),
         }
         for n in range(len(density))
     ]  # fmt: skip
