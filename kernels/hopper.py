@@ -12,6 +12,9 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
 
 from qwen_jax.kernels.blocks import Blocks, Share
 
@@ -44,6 +47,43 @@ def why_not_hopper() -> str | None:
             f"runs on NVIDIA Hopper GPUs (compute capability 9.0), not on {device.device_kind} ({capability})"
         )
     return None
+
+
+def keep_pace(counters: Any, n: jax.Array, amount: int, target: jax.Array | int) -> None:
+    """A warp adds `amount` to semaphore n of `counters` and waits until it is `target` at least, or for some 100 us.
+
+    The wait has an end because it only serves speed: were some block never to come, the others would go on.
+    """
+    scalar = plgpu.Layout.WG_SPLAT(())
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), scalar, scalar))
+    def step(_: Any, counters_ref: Any, n: Any, target: Any) -> None:
+        i32 = ir.IntegerType.get_signless(32)
+        address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(counters_ref), [n.registers.item()], i32)
+        llvm.inline_asm(
+            ir.Type.parse("!llvm.void"),
+            [address, target.registers.item()],
+            f"""{{
+            .reg .pred p; .reg .b32 value, tries;
+            elect.sync _|p, 0xffffffff;
+            @p red.relaxed.gpu.global.add.u32 [$0], {amount};
+            mov.b32 tries, 0;
+            poll:
+            .pragma "nounroll";
+            ld.relaxed.gpu.global.b32 value, [$0];
+            setp.ge.s32 p, value, $1;
+            @p bra done;
+            nanosleep.u32 500;
+            add.s32 tries, tries, 1;
+            setp.lt.s32 p, tries, 200;
+            @p bra poll;
+            done:
+            }}""",
+            "l,r",
+            has_side_effects=True,
+        )
+
+    step(counters, n, jnp.int32(target))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """The loop that the Hopper kernels share: one warpgroup, 64 query rows, one running softmax over a range of key tiles.
 
 It works one tile behind itself, as FlashAttention-3 does (arXiv 2407.08608): step j issues S = Q K_j^T and O += P_{j-1} V_{j-1}
-together and takes the softmax of S while its own second product, and the other warpgroups' products, run. The chip is limited
-by power here, so what counts is fewer instructions an element: queries come scaled, so that S holds base-2 exponents; S starts
-from minus the running maximum instead of 0; and the maximum moves only when scores pass it by 2^8, so that rescaling is rare.
+together and takes the softmax of S while its own second product, and the other warpgroups' products, run. What counts is what
+stands between S and the next product: queries come scaled, so that S holds base-2 exponents; S's accumulator needs no filling;
+exponentials start at once, for the maximum moves only when their sums say that it must (`hopper_rows.exponentials`).
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from qwen_jax.kernels.hopper import Ring
-from qwen_jax.kernels.hopper_rows import COLUMN, LAYOUT, ROW, change_rows
+from qwen_jax.kernels.hopper_rows import COLUMN, LAYOUT, PARTS, ROW, exponentials, scale_rows, scores
 
 __all__ = ["COLUMN", "ROW", "ROWS", "Softmax", "Walk"]
 
 ROWS = 64  # query rows of one warpgroup: the M of a wgmma
-_STALE = 8.0  # how far, in base-2 exponents, scores may pass the running maximum before it moves
 _LN2 = 0.6931471805599453
 
 
@@ -52,10 +51,10 @@ class Walk:
         keys, values: the rings of tiles [keys a tile, H].
         before_step: called with each tile index before the tile meets the queries (switches rotations).
         after_keys: called once the queries have been read for the last time.
-        visible: (s [ROWS, keys], m [ROWS], tile index) -> s with -inf where a key is invisible, s being exponents less m;
-            only used on masked tiles.
+        visible: (s [ROWS, keys], tile index) -> s with -inf where a key is invisible; only used on masked tiles.
+        bias: tile index -> [keys], a number to add to every row of s, on masked tiles but the first; then `visible` serves
+            the first alone. Where it can be said so, it costs far less.
         scales: rings of one factor a key, for keys and for values (8-bit caches), or None.
-        first_visible: `visible` of the first tile, where that differs.
         interpret: under jax's GPU interpreter, which knows neither stores to an accumulator nor P in registers.
     """
 
@@ -64,10 +63,10 @@ class Walk:
     values: Ring
     before_step: Callable[[jax.Array], None]
     after_keys: Callable[[], None]
-    visible: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    visible: Callable[[jax.Array, jax.Array], jax.Array]
     interpret: bool
     scales: tuple[Ring, Ring] | None = None
-    first_visible: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None
+    bias: Callable[[jax.Array], jax.Array] | None = None
 
     def __call__(self, lo: jax.Array, full: jax.Array, hi: jax.Array, first: jax.Array) -> Softmax:
         """Tiles lo <= j < hi, at least one; those with lo < j < full need no mask. All int32 scalars.
@@ -84,33 +83,31 @@ class Walk:
 
         def step(j: jax.Array, state: Any, masked: bool) -> Any:
             n = first + (j - lo)
-            softmax = functools.partial(self._softmax, j=j, n=n, masked=masked)
+            softmax = functools.partial(
+                self._softmax, j=j, n=n, visible=None if self.bias or not masked else self.visible,
+                bias=self.bias if masked else None,
+            )  # fmt: skip
             return self._step(j, n, softmax, lambda: await_keys(j + 1), state)
 
         state = lax.fori_loop(lo + 1, full, functools.partial(step, masked=False), state)
         state = lax.fori_loop(jnp.maximum(full, lo + 1), hi, functools.partial(step, masked=True), state)
         self.after_keys()
-        acc, m, l, p = state
-        return Softmax(self._last(self.values.slot(first + (hi - lo) - 1), acc, p), m, l)
+        acc, m, _, l, p = state
+        return Softmax(self._last(self.values.slot(first + (hi - lo) - 1), acc, p), m, l.sum(axis=1))
 
     def _first(self, j: jax.Array, n: jax.Array) -> tuple[jax.Array, ...]:
         """S of the first tile alone, the ring's n-th."""
         slot = self.keys.slot(n)
-        keys, head_dim = self.keys.tiles.shape[1:]
-
-        def product(s_acc: Any) -> jax.Array:
-            plgpu.wgmma(s_acc, self.q, self.keys.tiles.at[slot].transpose((1, 0)))
-            return s_acc[...]
-
-        s = pl.run_scoped(product, plgpu.ACC((ROWS, keys), jnp.float32))
-        self.keys.release(slot)
-        zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
-        s = (self.first_visible or self.visible)(self._scaled(s, 0, n), zero, j)
-        top = s.max(axis=1)
-        m = jnp.where(top > -jnp.inf, top, 0.0)
-        p = jnp.exp2(s - lax.broadcast_in_dim(m, s.shape, [0]))
-        acc = plgpu.layout_cast(jnp.zeros((ROWS, head_dim), jnp.float32), LAYOUT)
-        return acc, m, p.sum(axis=1), self._scaled(p, 1, n).astype(self.q.dtype)
+        s = self._issue_scores(slot)
+        s = self._collect_scores(s, wait_n=0)
+        head_dim = self.keys.tiles.shape[2]
+        m, limit = (plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), ROW) for value in (0, -jnp.inf))
+        acc, l = (
+            plgpu.layout_cast(jnp.zeros((ROWS, columns), jnp.float32), LAYOUT)
+            for columns in (head_dim, PARTS)
+        )
+        m, limit, l, _, p = self._softmax(s, m, limit, l, j, n, visible=self.visible)
+        return acc, m, limit, l, p.astype(self.q.dtype)
 
     def _step(
         self,
@@ -122,33 +119,27 @@ class Walk:
     ) -> tuple[jax.Array, ...]:
         # Without these barriers the compiler writes registers of a product while products are in flight, which
         # makes it serialise them all (ptxas C7513): the carry is ready before, P is rounded after.
-        acc, m, l, p = lax.optimization_barrier(state)
+        acc, m, limit, l, p = lax.optimization_barrier(state)
         now, before = self.keys.slot(n), self.values.slot(n - 1)
         self.before_step(j)
 
-        def products(o_acc: Any, s_acc: Any) -> tuple[jax.Array, ...]:
+        s = self._issue_scores(now)
+
+        def product(o_acc: Any) -> tuple[jax.Array, ...]:
             self._start(o_acc, acc)
-            if not self.scales:
-                self._start(s_acc, lax.broadcast_in_dim(-m, s_acc.shape, [0]))
-            plgpu.wgmma(s_acc, self.q, self.keys.tiles.at[now].transpose((1, 0)))
             self.values.wait(before)
             self._issue(o_acc, p, before)
-            s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-            self.keys.release(now)
-            if self.scales or self.interpret:
-                s = self._scaled(s, 0, n) - lax.broadcast_in_dim(m, s.shape, [0])
-            m_l_alpha_p = lax.optimization_barrier(softmax(s, m, l))
+            ready = self._collect_scores(s, wait_n=1)
+            m_limit_l_alpha_p = lax.optimization_barrier(softmax(ready, m, limit, l))
             # A wait ends a basic block, without which the assembler moves the softmax behind the wait for O.
             await_next()
-            return self._collect(o_acc, acc, p, before), *m_l_alpha_p
+            return self._collect(o_acc, acc, p, before), *m_limit_l_alpha_p
 
-        keys, head_dim = self.keys.tiles.shape[1:]
-        acc, m, l, alpha, p = pl.run_scoped(
-            products, plgpu.ACC((ROWS, head_dim), jnp.float32), plgpu.ACC((ROWS, keys), jnp.float32)
-        )
+        head_dim = self.keys.tiles.shape[2]
+        acc, m, limit, l, alpha, p = pl.run_scoped(product, plgpu.ACC((ROWS, head_dim), jnp.float32))
         self.values.release(before)
         acc, p = lax.optimization_barrier((acc, p))
-        return change_rows("multiply", acc, alpha, self.interpret), m, l, p.astype(self.q.dtype)
+        return scale_rows(acc, alpha, self.interpret), m, limit, l, p.astype(self.q.dtype)
 
     def _last(self, before: jax.Array, acc: jax.Array, p: jax.Array) -> jax.Array:
         """O of the last tile alone."""
@@ -164,18 +155,26 @@ class Walk:
         return acc
 
     def _softmax(
-        self, s: jax.Array, m: jax.Array, l: jax.Array, j: jax.Array, n: jax.Array, masked: bool
+        self,
+        s: jax.Array,
+        m: jax.Array,
+        limit: jax.Array,
+        l: jax.Array,
+        j: jax.Array,
+        n: jax.Array,
+        visible: Callable[[jax.Array, jax.Array], jax.Array] | None,
+        bias: Callable[[jax.Array], jax.Array] | None = None,
     ) -> tuple[jax.Array, ...]:
-        """Of exponents less m: (new m, new l, what the old sums shrink by, P in float32)."""
-        if masked:
-            s = self.visible(s, m, j)
-        top = s.max(axis=1)
-        # A maximum that is a little stale serves as well: P keeps its relative precision, and rows rarely change.
-        rise = jnp.where(top > _STALE, top, 0.0)
-        s = change_rows("subtract", s, rise, self.interpret)
-        alpha = jnp.exp2(-rise)
-        p = jnp.exp2(s)
-        return m + rise, l * alpha + p.sum(axis=1), alpha, self._scaled(p, 1, n)
+        """`exponentials` of tile n's products, P last, in float32; hands the keys back."""
+        slot = self.keys.slot(n)
+        s = self._scaled(s, 0, n)
+        if visible:
+            s = visible(s, j)
+        operands = None if visible or self.scales else (self.q, self.keys.tiles.at[slot])
+        row = bias(j) if bias else None
+        p, m, limit, l, alpha = exponentials(s, m, limit, l, operands, row, self.interpret)
+        self.keys.release(slot)
+        return m, limit, l, alpha, self._scaled(p, 1, n)
 
     def _scaled(self, x: jax.Array, which: int, n: jax.Array) -> jax.Array:
         """x [ROWS, keys] times the factors of tile n's keys (which = 0) or values (1)."""
@@ -186,6 +185,20 @@ class Walk:
         factors = plgpu.load(ring.tiles.at[ring.slot(n)], layout=COLUMN)
         ring.release(ring.slot(n))
         return x * lax.broadcast_in_dim(factors, x.shape, [1])
+
+    # S = Q K^T, of an accumulator that it overwrites.
+
+    def _issue_scores(self, slot: jax.Array) -> jax.Array:
+        tile = self.keys.tiles.at[slot]
+        if self.interpret:
+            return jnp.dot(self.q[...], tile[...].T, preferred_element_type=jnp.float32)
+        return scores(self.q, tile)
+
+    def _collect_scores(self, s: jax.Array, wait_n: int) -> jax.Array:
+        """S once all but the last wait_n products are done."""
+        if not self.interpret:
+            plgpu.wgmma_wait(wait_n)
+        return lax.optimization_barrier(s)
 
     # O += P V on an accumulator.
 

@@ -3,8 +3,9 @@
     python scripts/bench_attention.py [--only causal-8k,decode-1m] [--heads 28/4,40/8] [--out benchmarks/attention.json]
 
 Every contender's output is checked against float32 on sampled rows before it is timed; contenders take turns, so that none
-gets a cooler chip. Peers take no query offset: for a chunk at the end of a long prompt they run a rectangle, a square and a
-merge. TFLOP/s count the visible pairs only: 4 * pairs * N * H. Decode counts the bytes of K and V read.
+gets a cooler chip. Peers take no query offset but for FlashAttention-4: for a chunk at the end of a long prompt they run a
+rectangle, a square and a merge; and they get rotated queries, where ours rotates them itself. TFLOP/s count the visible pairs
+only: 4 * pairs * N * H. Decode counts the bytes of K and V read. Rows of other shapes that the file holds are kept.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import importlib
 import json
 import pathlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import attention_tools as tools
@@ -30,7 +32,6 @@ from qwen_jax.kernels.decode_attention.api import decode_attend
 from qwen_jax.kernels.quantised import quantise
 from qwen_jax.rope import temperature
 
-HEAD_DIM = 128
 TOLERANCE = 1e-2
 
 
@@ -42,6 +43,7 @@ class Shape:
     start: int
     dca: DualChunk | None = None
     cache: str = "bfloat16"
+    head_dim: int = 128
 
     @property
     def keys(self) -> int:
@@ -57,6 +59,7 @@ SHAPES = {
     "causal-8k": Shape(8 * K, 0),
     "causal-32k": Shape(32 * K, 0),
     "causal-128k": Shape(128 * K, 0),
+    "causal-32k-head-64": Shape(32 * K, 0, head_dim=64),
     "chunk-at-128k": Shape(32 * K, 96 * K),
     "chunk-at-256k": Shape(32 * K, 224 * K),
     "chunk-at-1m": Shape(32 * K, 992 * K),
@@ -167,6 +170,23 @@ def torch_sdpa(inputs: Inputs, kind: str) -> Contender:
     )
 
 
+def flash_attention_4(inputs: Inputs) -> Contender:
+    """FlashAttention-4 (package flash-attn-4); it takes queries at the end of the keys, as they are."""
+    import torch
+    from flash_attn.cute import flash_attn_func
+
+    rotary = tools.rotary(inputs.head_dim, None)
+    shape = inputs.shape
+    q = rotary.rotate(inputs.q, shape.start + jnp.arange(shape.queries))
+    k, v = (jnp.swapaxes(x[0], 1, 2)[:, : shape.keys] for x in (inputs.k, inputs.v))
+    q_t, k_t, v_t = (torch.from_dlpack(x) for x in (q, k, v))
+
+    def start() -> Any:
+        return flash_attn_func(q_t, k_t, v_t, softmax_scale=inputs.head_dim**-0.5, causal=True)[0]
+
+    return start, lambda _: torch.cuda.synchronize(), lambda out: jnp.asarray(out[0].float().cpu().numpy())
+
+
 def jax_cudnn(inputs: Inputs) -> Contender:
     """jax.nn's cuDNN attention where it applies (from position 0), else our merge of cuDNN parts."""
     shape = inputs.shape
@@ -197,14 +217,17 @@ def contenders(inputs: Inputs, wanted: list[str]) -> dict[str, Callable[[], Cont
         found["torch_cudnn"] = lambda: torch_sdpa(inputs, "cudnn")
         found["torch_flash"] = lambda: torch_sdpa(inputs, "flash")
         found["jax_cudnn"] = lambda: jax_cudnn(inputs)
+        if not decode:
+            found["flash_attention_4"] = lambda: flash_attention_4(inputs)
     return {name: make for name, make in found.items() if not wanted or name in wanted}
 
 
 def measure(
-    name: str, shape: Shape, heads: tuple[int, int], make: Any, rounds: int, head_dim: int = HEAD_DIM
+    name: str, shape: Shape, heads: tuple[int, int], make: Any, rounds: int, head_dim: int | None = None
 ) -> list[dict[str, Any]]:
     """One shape: every contender checked, then timed in turn; a row each, with the reason where one could not run."""
     N, kv_heads = heads
+    head_dim = head_dim or shape.head_dim
     capacity = -(-shape.keys // 8) * 8
     inputs = Inputs(
         shape,
@@ -230,11 +253,13 @@ def measure(
     )  # fmt: skip
     del dense
     rows, runs = [], {}
-    for contender, start in make(inputs).items():
+    with ThreadPoolExecutor() as pool:  # contenders compile side by side
+        started = {contender: pool.submit(start) for contender, start in make(inputs).items()}
+    for contender, future in started.items():
         row: dict[str, Any] = {"shape": name, "heads": f"{N}/{kv_heads}", "contender": contender}
         rows.append(row)
         try:
-            run, wait, output = start()
+            run, wait, output = future.result()
             result = run()
             wait(result)
             row["error"] = tools.worst_row_error(output(result)[sample], want)
@@ -276,12 +301,8 @@ def table_line(row: dict[str, Any]) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Device, versions and date."""
-    found = {
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "date": str(datetime.date.today()),
-    }
+    """Device and versions."""
+    found = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
     try:
         import torch
 
@@ -302,7 +323,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/attention.json"))
     arguments = parser.parse_args()
     wanted = [name for name in arguments.contenders.split(",") if name]
-    rows = []
+    rows = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else []
     for name in arguments.only.split(",") if arguments.only else SHAPES:
         for pair in arguments.heads.split(","):
             N, kv_heads = map(int, pair.split("/"))
@@ -310,7 +331,8 @@ def main() -> None:
                 name, SHAPES[name], (N, kv_heads), lambda x: contenders(x, wanted), arguments.rounds
             )
             print("\n".join(map(table_line, new)), flush=True)
-            rows += new
+            rows = [row for row in rows if (row["shape"], row["heads"]) != (name, pair)]
+            rows += [row | {"date": str(datetime.date.today())} for row in new]
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
             arguments.out.write_text(json.dumps({**environment(), "rows": rows}, indent=1) + "\n")
 

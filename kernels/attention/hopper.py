@@ -22,9 +22,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from qwen_jax.kernels.blocks import Blocks
-from qwen_jax.kernels.hopper import Held, Ring, multiprocessors, tiled
+from qwen_jax.kernels.hopper import Held, Ring, keep_pace, multiprocessors, tiled
 from qwen_jax.kernels.hopper_walk import COLUMN, ROW, ROWS, Walk
 
+_PACE = 64  # key tiles after which a block looks where the others are
+_PACE_ENDED = 1 << 20  # more than all checks of a round
 _L2_BYTES = 32 * 2**20  # K and V of the heads that run side by side should fit in this much of L2
 
 
@@ -107,6 +109,7 @@ def prefill(
     ) -> None:  # fmt: skip
         wg = lax.axis_index("wg")
         block = lax.axis_index("block")
+        pace = None if interpret else pl.get_global(plgpu.SemaphoreType.REGULAR((pl.cdiv(items, blocks),)))
         layer, q_start = where_ref[0], where_ref[1]
         # Tiles [0, succ) are INTER, [succ, intra) SUCC, the rest INTRA.
         succ, intra = lax.div(where_ref[2], bkv), lax.div(where_ref[3], bkv)
@@ -129,12 +132,13 @@ def prefill(
             return b, head, t, jnp.maximum(lax.div(seen + (bkv - 1), bkv), 1)
 
         def each_item(body: Callable[..., jax.Array]) -> jax.Array:
+            """The sum that `body` carries over (item, sum so far, round)."""
             whole, rest = divmod(items, blocks)
             place = block if whole % 2 == 0 else blocks - 1 - block
             rounds = whole + (place < rest).astype(jnp.int32)
-            return lax.fori_loop(0, rounds, lambda r, done: body(item(r), done), jnp.int32(0))
+            return lax.fori_loop(0, rounds, lambda r, done: body(item(r), done, r), jnp.int32(0))
 
-        def consume(work: tuple[jax.Array, ...], first: jax.Array) -> jax.Array:
+        def consume(work: tuple[jax.Array, ...], first: jax.Array, _: jax.Array) -> jax.Array:
             """One item. `first` counts the key tiles this block has consumed before."""
             b, head, t, tiles = work
             t = t + in_item + wg * ROWS
@@ -149,7 +153,7 @@ def prefill(
                         plgpu.barrier_arrive(q_free.at[wg])
                         plgpu.barrier_wait(q_full.at[wg])
 
-            def visible(s: jax.Array, _: jax.Array, j: jax.Array) -> jax.Array:
+            def visible(s: jax.Array, j: jax.Array) -> jax.Array:
                 last = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW) + (q_start + t)
                 last = jnp.minimum(last, kv_len - 1) - held.start(j)
                 key = plgpu.broadcasted_iota(jnp.int32, (bkv,), 0, layout=COLUMN)
@@ -175,23 +179,37 @@ def prefill(
             plgpu.copy_smem_to_gmem(lse, lse_ref.at[b, head, pl.ds(t, ROWS)])
             return first + tiles
 
-        def load_tiles(source: Any, ring: Ring, work: tuple[jax.Array, ...], first: jax.Array) -> jax.Array:
+        def load_tiles(
+            source: Any, ring: Ring, paced: bool, work: tuple[jax.Array, ...], first: jax.Array, r: jax.Array
+        ) -> jax.Array:
             b, head, _, tiles = work
             at = (layer * B + b) * problem.kv_heads + lax.div(head, problem.group)
 
+            # Blocks that walk the same keys far apart read them from memory once each.
+            far = tiles * (4 * bkv * H) > _L2_BYTES
+            in_round = jnp.where(r < items // blocks, blocks, items % blocks) * tiling.cluster
+
+            def check_pace(j: jax.Array) -> None:
+                at_check = far & (lax.rem(j, _PACE) == 0) & (j > 0)
+                pl.when(at_check)(lambda: keep_pace(pace, r, 1, in_round * (lax.div(j, _PACE) - 2)))
+
             def load(j: jax.Array, _: None) -> None:
+                if paced:
+                    check_pace(j)
                 ring.load(source.at[at, pl.ds(j * bkv, bkv)], first + j)
 
             lax.fori_loop(0, tiles, load, None)
+            if paced:  # nobody waits for a block that has ended its item
+                keep_pace(pace, r, _PACE_ENDED, 0)
             return first + tiles
 
-        def load_ring(source: Any, ring: Ring) -> Callable[[], None]:
+        def load_ring(source: Any, ring: Ring, paced: bool) -> Callable[[], None]:
             def load() -> None:
-                ring.drain(each_item(functools.partial(load_tiles, source, ring)))
+                ring.drain(each_item(functools.partial(load_tiles, source, ring, paced)))
 
             return load
 
-        def load_queries(work: tuple[jax.Array, ...], done: jax.Array) -> jax.Array:
+        def load_queries(work: tuple[jax.Array, ...], done: jax.Array, _: jax.Array) -> jax.Array:
             """The queries of an item, in the rotation of each stage that it reaches. `done` counts the loads before."""
             b, head, t, tiles = work
 
@@ -224,7 +242,11 @@ def prefill(
             @plgpu.warp_map
             def _(warp: jax.Array) -> None:
                 for w, load in enumerate(
-                    (load_ring(k_ref, keys), load_ring(v_ref, values), load_all_queries)
+                    (
+                        load_ring(k_ref, keys, pace is not None),
+                        load_ring(v_ref, values, False),
+                        load_all_queries,
+                    )
                 ):
                     pl.when(warp == w)(load)
 

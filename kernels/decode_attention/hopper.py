@@ -159,16 +159,14 @@ def decode(
                         plgpu.barrier_arrive(q_free)
                         plgpu.barrier_wait(q_full)
 
-            def visible(s: jax.Array, m: jax.Array, j: jax.Array) -> jax.Array:
+            def visible(s: jax.Array, j: jax.Array) -> jax.Array:
                 key = plgpu.broadcasted_iota(jnp.int32, (bkv,), 0, layout=COLUMN) + held.start(j)
                 if problem.original:
                     length = jnp.maximum(key + 1, problem.original).astype(jnp.float32) * (
                         1 / problem.original
                     )
                     own = (1 + 0.1 * _LN2 * jnp.log2(length)) * cooling
-                    own = lax.broadcast_in_dim(jnp.where(key < prompt_len, 1.0, own), s.shape, [1])
-                    m = lax.broadcast_in_dim(m, s.shape, [0])
-                    s = (s + m) * own - m
+                    s = s * lax.broadcast_in_dim(jnp.where(key < prompt_len, 1.0, own), s.shape, [1])
                 return jnp.where(lax.broadcast_in_dim(key < end, s.shape, [1]), s, -jnp.inf)
 
             def free_queries() -> None:  # the next share's may come

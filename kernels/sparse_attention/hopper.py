@@ -137,26 +137,26 @@ def sparse_prefill(
                         plgpu.barrier_arrive(q_free.at[wg])
                         plgpu.barrier_wait(q_full.at[wg])
 
-            def causal(s: jax.Array, *_: jax.Array) -> jax.Array:
+            def causal(s: jax.Array, _: jax.Array) -> jax.Array:
                 last = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW) + wg * ROWS
                 last = jnp.minimum(last, own_keys - 1)
                 key = plgpu.broadcasted_iota(jnp.int32, (BAND,), 0, layout=COLUMN)
                 seen = lax.broadcast_in_dim(key, s.shape, [1]) <= lax.broadcast_in_dim(last, s.shape, [0])
                 return jnp.where(seen, s, -jnp.inf)
 
-            def not_in_bands(s: jax.Array, _: jax.Array, j: jax.Array) -> jax.Array:
+            def not_in_bands(j: jax.Array) -> jax.Array:
                 slot = rows.slot(first_column + (j - bands))
                 rows.wait(slot)
                 row = plgpu.load(rows.tiles.at[slot], layout=COLUMN)
                 rows.release(slot)
-                return s + lax.broadcast_in_dim(row, s.shape, [1])
+                return row
 
             def free_queries() -> None:  # the next item's may come
                 plgpu.barrier_arrive(q_free.at[wg])
 
             walk = Walk(
-                q_smem.at[wg], keys, values, switch_queries, free_queries, not_in_bands, bool(interpret),
-                first_visible=causal,
+                q_smem.at[wg], keys, values, switch_queries, free_queries, causal, bool(interpret),
+                bias=not_in_bands,
             )  # fmt: skip
             softmax = walk(jnp.int32(0), bands, steps, first)
             out, natural = softmax.normalised()

@@ -6,6 +6,7 @@ On the GPU itself `scripts/check_gpu.py` checks every class of shapes.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -60,6 +61,26 @@ def test_ragged_queries_and_a_group_of_seven(interpreted: Interpreted) -> None:
 
 def test_plain_positions_at_an_offset_off_the_tile(interpreted: Interpreted) -> None:
     interpreted.check(Case(37, 100, (130,), 2, 1), None)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_scores_that_grow_by_far_more_than_float32_has_exponents() -> None:
+    """The component that rotates least carries 3 more base-2 exponents a key; powers of two, so nothing is rounded."""
+    head_dim, keys, queries = 64, 256, 64
+    q, k, v = (
+        jax.random.normal(jax.random.key(n), shape, jnp.bfloat16)
+        for n, shape in enumerate(((1, queries, 2, head_dim), *[(1, 1, 1, keys, head_dim)] * 2))
+    )
+    q = q.at[..., head_dim // 2 - 1].set(16.0)
+    k = k.at[..., head_dim // 2 - 1].set(3.0 * jnp.arange(keys) - 500)
+    call = functools.partial(
+        api.attend, q, k, v, layer=0, q_start=keys - queries, kv_len_B=jnp.array([keys]),
+        rotary=Rotary(1e7, head_dim, 1024), scale_B=jnp.full(1, math.log(2) / 16),
+    )  # fmt: skip
+    (out, lse), (want, want_lse) = call(backend="mosaic_gpu"), call(backend="xla")
+    np.testing.assert_allclose(lse, want_lse, rtol=0, atol=2e-2)
+    error = np.linalg.norm((out - want).astype(np.float32)) / np.linalg.norm(want.astype(np.float32))
+    assert error < 1e-2
 
 
 @pytest.fixture
