@@ -69,7 +69,8 @@ def quantise(x: jax.Array, dtype: np.dtype, axes: Sequence[int]) -> tuple[jax.Ar
     limit = float(jnp.finfo(dtype).max if floating else jnp.iinfo(dtype).max)
     x = x.astype(jnp.float32)
     scale = jnp.max(jnp.abs(x), axis=tuple(axes), keepdims=True) / limit
-    scaled = x / jnp.where(scale > 0, scale, 1.0)
+    # The scale of subnormal numbers is itself rounded so much that the quotient may leave the range, which e4m3 takes for NaN.
+    scaled = jnp.clip(x / jnp.where(scale > 0, scale, 1.0), -limit, limit)
     return (scaled if floating else jnp.round(scaled)).astype(dtype), jnp.squeeze(scale, tuple(axes))
 
 
