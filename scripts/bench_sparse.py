@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import results
+from jax import lax
 
 from qwen_jax.config import DualChunk
 from qwen_jax.kernels.attention.api import attend
@@ -40,6 +41,7 @@ from qwen_jax.kernels.sparse_attention.bands import BAND, bands_of
 from qwen_jax.kernels.sparse_attention.computed import computed_keys, computed_pairs
 from qwen_jax.kernels.sparse_attention.hopper import FIELDS
 from qwen_jax.rope import Rotary, inverse_frequencies
+from qwen_jax.sparsity import cost_aware
 from qwen_jax.sparsity.selection import select_lines
 
 N, K, H = 28, 4, 128
@@ -190,16 +192,21 @@ def choose(columns: jax.Array, diagonals: jax.Array, slash_N: jax.Array) -> tupl
     return lines.columns, bands_of(lines.diagonals)
 
 
-def budgets(place: Place, density: float, scores: tuple[jax.Array, jax.Array]) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="place")
+def budgets(place: Place, density: jax.Array, columns: jax.Array, diagonals: jax.Array) -> jax.Array:
     """int32[N]: diagonals a head, unlike between heads, that give the density."""
-    share_N = np.random.default_rng(1).uniform(0.5, 1.5, N)
-    low, high = 0.0, 1.0
-    for _ in range(11):
+    share_N = jnp.asarray(np.random.default_rng(1).uniform(0.5, 1.5, N) * place.keys, jnp.float32)
+    piece = cost_aware.Piece(jnp.int32(place.start), jnp.full(1, place.keys, jnp.int32))
+
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds
         middle = (low + high) / 2
-        columns, bands = choose(*scores, jnp.asarray(middle * share_N * place.keys, jnp.int32))
-        enough = place.pairs(np.asarray(columns[0]), np.asarray(bands[0])) >= density * N * place.causal
-        low, high = (low, middle) if enough else (middle, high)
-    return jnp.asarray(high * share_N * place.keys, jnp.int32)
+        lines = choose(columns, diagonals, (middle * share_N).astype(jnp.int32))
+        enough = cost_aware.computed_pairs(*lines, piece).sum() >= density * N * place.causal
+        return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
+
+    high = lax.fori_loop(0, 12, halve, (jnp.float32(0), jnp.float32(1)))[1]
+    return (high * share_N).astype(jnp.int32)
 
 
 @functools.cache
@@ -232,7 +239,7 @@ def measure(name: str, shape: Shape, rounds: int) -> dict[str, Any]:
     else:
         scores = functools.partial(programs(place, COLUMNS)["scores"], q, k, **common)
         found = scores()
-        slash_N = budgets(place, shape.density or 0.0, found)
+        slash_N = budgets(place, jnp.float32(shape.density or 0.0), *found)
         runs = {"scores": scores, "choice": lambda: choose(*found, slash_N)}
         columns, bands = (np.asarray(x) for x in runs["choice"]())
     most = int(columns.sum(-1).max())
