@@ -32,9 +32,9 @@ WGS = BAND // ROWS
 FIELDS = 9  # int32 a work item, see `plan.Plan.items`
 _INTER, _SUCC, _INTRA = 0, 1, 2  # rotations of the queries, in key order
 _SEGMENTS = (_INTRA, _SUCC, _INTER, _INTER, _SUCC, _INTRA)  # bands, then columns
-# What a consumer finds in shared memory with its queries; the last is the step that needs them in another rotation.
-_HANDED = ("pair", "tile", "own keys", "end of the bands", "end", "until")
-_UNTIL = _HANDED.index("until")
+# What a consumer finds in shared memory of an item, registers being dear: UNTIL is the step that needs other queries, SEEN
+# and SEEN_COLUMNS count the key tiles, and of those the column tiles, of the items before.
+_HANDED = _PAIR, _TILE, _OWN_KEYS, _BANDS, _STEPS, _SEEN, _SEEN_COLUMNS, _UNTIL = range(8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,32 +120,30 @@ def sparse_prefill(
             rounds = whole + (place < rest).astype(jnp.int32)
             return lax.fori_loop(0, rounds, body, done)
 
-        def consume(r: jax.Array, done: tuple[jax.Array, jax.Array]) -> Any:
-            """Round r. `done` counts the key tiles, and of those the column tiles, this block has consumed before."""
+        def consume(r: jax.Array, _: None) -> None:
             plgpu.barrier_wait(q_full.at[wg])
-            pair, tile, own_keys, bands, steps, _ = (hand_smem[wg, field] for field in range(len(_HANDED)))
-            first, first_column = done
-            b, head = lax.div(pair, N), lax.rem(pair, N)
-            t = tile * BAND + wg * ROWS
             o, lse = o_smem.at[wg], lse_smem.at[wg]
+
+            def handed(field: int) -> jax.Array:
+                return hand_smem[wg, lax.rem(r, 2), field]
 
             def switch_queries(j: jax.Array) -> None:
                 if dca:
 
-                    @pl.when(j == hand_smem[wg, _UNTIL])
+                    @pl.when(j == handed(_UNTIL))
                     def _() -> None:
                         plgpu.barrier_arrive(q_free.at[wg])
                         plgpu.barrier_wait(q_full.at[wg])
 
             def causal(s: jax.Array, _: jax.Array) -> jax.Array:
                 last = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW) + wg * ROWS
-                last = jnp.minimum(last, own_keys - 1)
+                last = jnp.minimum(last, handed(_OWN_KEYS) - 1)
                 key = plgpu.broadcasted_iota(jnp.int32, (BAND,), 0, layout=COLUMN)
                 seen = lax.broadcast_in_dim(key, s.shape, [1]) <= lax.broadcast_in_dim(last, s.shape, [0])
                 return jnp.where(seen, s, -jnp.inf)
 
             def not_in_bands(j: jax.Array) -> jax.Array:
-                slot = rows.slot(first_column + (j - bands))
+                slot = rows.slot(handed(_SEEN_COLUMNS) + (j - handed(_BANDS)))
                 rows.wait(slot)
                 row = plgpu.load(rows.tiles.at[slot], layout=COLUMN)
                 rows.release(slot)
@@ -158,15 +156,16 @@ def sparse_prefill(
                 q_smem.at[wg], keys, values, switch_queries, free_queries, causal, bool(interpret),
                 bias=not_in_bands,
             )  # fmt: skip
-            softmax = walk(jnp.int32(0), bands, steps, first)
+            softmax = walk(jnp.int32(0), handed(_BANDS), handed(_STEPS), handed(_SEEN))
             out, natural = softmax.normalised()
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the item before has left o and lse
             o[...] = out.astype(dtype)
             lse[...] = natural
             plgpu.commit_smem()
+            pair, t = handed(_PAIR), handed(_TILE) * BAND + wg * ROWS
+            b, head = lax.div(pair, N), lax.rem(pair, N)
             plgpu.copy_smem_to_gmem(o, out_ref.at[b, pl.ds(t, ROWS), head])
             plgpu.copy_smem_to_gmem(lse, lse_ref.at[b, head, pl.ds(t, ROWS)])
-            return first + steps, first_column + (steps - bands)
 
         def load_tiles(source: Any, columns: Any, ring: Ring, r: jax.Array, first: jax.Array) -> jax.Array:
             pair, tile, own_keys, ends = item(r)
@@ -207,24 +206,38 @@ def sparse_prefill(
             lax.fori_loop(bands, steps, write, None)
             return first + (steps - bands)
 
-        def load_queries(r: jax.Array, done: jax.Array) -> jax.Array:
-            """The queries of an item, in the rotation of each segment that has a tile. `done` counts the loads before."""
+        def load_queries(r: jax.Array, counts: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            """The queries of an item, in the rotation of each segment that has a tile, and what is handed over.
+
+            `counts` holds the loads, key tiles and column tiles before.
+            """
             pair, tile, own_keys, ends = item(r)
+            done, seen, seen_columns = counts
+            after = seen + ends[5], seen_columns + (ends[5] - ends[2])
             b, head = lax.div(pair, N), lax.rem(pair, N)
 
             def load(which: int, n: jax.Array, until: jax.Array, first: bool) -> None:
                 for w in range(WGS):
                     pl.when(n > 0)(functools.partial(plgpu.barrier_wait, q_free.at[w]))
+                    fields = {_UNTIL: until}
                     if first:
-                        for field, value in enumerate((pair, tile, own_keys, ends[2], ends[5])):
-                            hand_smem[w, field] = value
-                    hand_smem[w, _UNTIL] = until
+                        fields |= {
+                            _PAIR: pair,
+                            _TILE: tile,
+                            _OWN_KEYS: own_keys,
+                            _BANDS: ends[2],
+                            _STEPS: ends[5],
+                        }
+                        fields |= {_SEEN: seen, _SEEN_COLUMNS: seen_columns}
+                    # The item before the last has been left: its successor's queries are back, or are being read.
+                    for field, value in fields.items():
+                        hand_smem[w, lax.rem(r, 2), field] = value
                     rows = q_ref.at[which * B + b, pl.ds(tile * BAND + w * ROWS, ROWS), head]
                     plgpu.copy_gmem_to_smem(rows, q_smem.at[w], q_full.at[w])
 
             if not dca:
                 load(0, done, ends[5], first=True)
-                return done + 1
+                return done + 1, *after
             # A segment that has tiles asks for its rotation, unless that is the one at hand.
             now, switches = jnp.int32(_INTRA), []
             for which, start, end in zip(_SEGMENTS[1:], ends, ends[1:], strict=False):
@@ -239,12 +252,12 @@ def sparse_prefill(
             for which, until, needed in reversed(loads):
                 pl.when(needed)(functools.partial(load, which, done, until, first=False))
                 done = done + needed.astype(jnp.int32)
-            return done
+            return done, *after
 
         @pl.when(wg < WGS)
         def _consume() -> None:
             plgpu.set_max_registers(tiling.registers[0], action="increase")
-            each_item(consume, (jnp.int32(0), jnp.int32(0)))
+            each_item(consume, None)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg == WGS)
@@ -253,18 +266,19 @@ def sparse_prefill(
 
             @plgpu.warp_map
             def _(warp: jax.Array) -> None:
-                loads: list[Callable[..., jax.Array]] = [
-                    functools.partial(load_tiles, k_ref, k_columns_ref, keys),
-                    functools.partial(load_tiles, v_ref, v_columns_ref, values),
-                    load_queries,
-                    write_rows,
+                zero = jnp.int32(0)
+                loads: list[tuple[Callable[..., Any], Any]] = [
+                    (functools.partial(load_tiles, k_ref, k_columns_ref, keys), zero),
+                    (functools.partial(load_tiles, v_ref, v_columns_ref, values), zero),
+                    (load_queries, (zero, zero, zero)),
+                    (write_rows, zero),
                 ]
 
-                def run(load: Callable[..., jax.Array]) -> None:
-                    each_item(load, jnp.int32(0))
+                def run(load: Callable[..., Any], done: Any) -> None:
+                    each_item(load, done)
 
-                for w, load in enumerate(loads):
-                    pl.when(warp == w)(functools.partial(run, load))
+                for w, (load, done) in enumerate(loads):
+                    pl.when(warp == w)(functools.partial(run, load, done))
 
     q_tile = plgpu.SMEM((WGS, ROWS, H), dtype, transforms=tiled(2, H))
     ring = plgpu.SMEM((stages, BAND, H), dtype, transforms=tiled(2, H))
@@ -278,7 +292,7 @@ def sparse_prefill(
         ],
         scratch_types=[
             q_tile, ring, ring, q_tile, plgpu.SMEM((WGS, ROWS), jnp.float32),
-            plgpu.SMEM((tiling.rows, BAND), jnp.float32), plgpu.SMEM((WGS, len(_HANDED)), jnp.int32),
+            plgpu.SMEM((tiling.rows, BAND), jnp.float32), plgpu.SMEM((WGS, 2, len(_HANDED)), jnp.int32),
             plgpu.Barrier(num_barriers=WGS), plgpu.Barrier(num_barriers=WGS), full, free, full, free,
             plgpu.Barrier(num_barriers=tiling.rows), plgpu.Barrier(num_arrivals=WGS, num_barriers=tiling.rows),
         ],
