@@ -1,7 +1,7 @@
 """One of several processes that run one model; prints as JSON what it saw. A program of test_processes.py.
 
-Arguments: a checkpoint, the mesh, the coordinator's host:port, how many processes, which this is, and "forever" to go on
-for ever.
+Arguments: a checkpoint, the mesh, the coordinator's host:port, how many processes, which this is, "tokens" to leave out the
+scores, which take a program more, and "forever" to go on for ever.
 """
 
 import json
@@ -18,18 +18,17 @@ PROMPT = np.random.default_rng(0).integers(0, 256, 70).tolist()
 
 
 def main() -> None:
-    folder, mesh, coordinator, processes, process, *forever = sys.argv[1:]
+    folder, mesh, coordinator, processes, process, *wishes = sys.argv[1:]
     join(coordinator, int(processes), int(process))
     llm = LLM(folder, mesh=options.mesh(mesh), max_len=1024, prefill_chunk=1024)
-    print(json.dumps(seen(llm, forever)), flush=True)
-    while forever:
-        seen(llm, forever)
+    print(json.dumps(seen(llm, scores="tokens" not in wishes)), flush=True)
+    while "forever" in wishes:
+        seen(llm, scores=False)
 
 
-def seen(llm: LLM, without_scores: object = False) -> dict[str, list]:
-    """Tokens, and scores unless they are to be left out: they take a program more."""
+def seen(llm: LLM, *, scores: bool = True) -> dict[str, list]:
     tokens = llm.generate(PROMPT, GREEDY).token_ids
-    return {"tokens": tokens, "scores": [] if without_scores else llm.score(PROMPT).tolist()}
+    return {"tokens": tokens} | ({"scores": llm.score(PROMPT).tolist()} if scores else {})
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ S = DCA.chunk_len
 WIDE = dataclasses.replace(CONFIG, vocab_size=96, num_heads=16, num_kv_heads=8, num_layers=2)
 CAPACITY = 128
 LENGTHS = np.array([3 * S + 5, 2 * S, 7, S + 1])
-MESHES = [(1, 4, 1), (2, 2, 2)]
+MESHES = [(1, 4, 2)]
 GREEDY = SamplingParams(max_new_tokens=10, greedy=True, ignore_eos=True)
 _step = jax.jit(
     lambda graph, params, *args: nnx.merge(graph, params).step(*args), static_argnums=0, donate_argnums=3
