@@ -112,10 +112,12 @@ def interleaved_medians(
     runs: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]],
     rounds: int = 5,
     at_least_s: float = 0.02,
+    at_most_s: float = float("inf"),
 ) -> dict[str, float]:
     """Median seconds a call, all contenders in turn in every round, so that clocks and temperature favour none.
 
     runs: name -> (start a call without waiting, wait for what it returned). Each measurement spans at least `at_least_s`.
+    After `at_most_s` no further round begins.
     """
     repeats: dict[str, int] = {}
     for name, (start, wait) in runs.items():
@@ -124,7 +126,10 @@ def interleaved_medians(
         wait(start())
         repeats[name] = max(1, int(at_least_s / (time.perf_counter() - begin)))
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
+    began = time.perf_counter()
+    for done in range(rounds):
+        if done and time.perf_counter() - began > at_most_s:
+            break
         for name, (start, wait) in runs.items():
             begin = time.perf_counter()
             for _ in range(repeats[name]):

@@ -17,6 +17,7 @@ import functools
 import importlib
 import json
 import pathlib
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -27,12 +28,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_jax.config import DualChunk
+from qwen_jax.kernels.attention import hopper as prefill
 from qwen_jax.kernels.attention.api import attend
 from qwen_jax.kernels.decode_attention.api import decode_attend
 from qwen_jax.kernels.quantised import quantise
 from qwen_jax.rope import temperature
 
 TOLERANCE = 1e-2
+_TRACING = threading.Lock()  # contenders are compiled side by side, but traced one by one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +124,9 @@ def ours(inputs: Inputs, backend: str, **options: Any) -> Contender:
         }
         q = inputs.q
     arguments |= inputs.scales
-    compiled = call.lower(q, inputs.k, inputs.v, **arguments).compile()
+    with _TRACING:
+        lowered = call.lower(q, inputs.k, inputs.v, **arguments)
+    compiled = lowered.compile()
     return (
         lambda: compiled(q, inputs.k, inputs.v, **arguments),
         jax.block_until_ready,
@@ -184,6 +189,9 @@ def flash_attention_4(inputs: Inputs) -> Contender:
     def start() -> Any:
         return flash_attn_func(q_t, k_t, v_t, softmax_scale=inputs.head_dim**-0.5, causal=True)[0]
 
+    with _TRACING:  # the first call compiles
+        start()
+
     return start, lambda _: torch.cuda.synchronize(), lambda out: jnp.asarray(out[0].float().cpu().numpy())
 
 
@@ -219,13 +227,36 @@ def contenders(inputs: Inputs, wanted: list[str]) -> dict[str, Callable[[], Cont
         found["jax_cudnn"] = lambda: jax_cudnn(inputs)
         if not decode:
             found["flash_attention_4"] = lambda: flash_attention_4(inputs)
+    if (
+        not inputs.shape.dca and inputs.shape.queries >= 32 * K and inputs.shape.start >= 128 * K
+    ):  # what the wait of blocks for each other is worth
+        tiling = prefill.Tiling(pace=0)
+        found["mosaic_gpu_unpaced"] = lambda: ours(inputs, "mosaic_gpu", tiling=tiling)
     return {name: make for name, make in found.items() if not wanted or name in wanted}
+
+
+@dataclasses.dataclass
+class Prepared:
+    """One shape, compiled and checked: a row for each contender, and what runs those that were right."""
+
+    shape: Shape
+    kv_heads: int
+    head_dim: int
+    rows: list[dict[str, Any]]
+    runs: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]]
 
 
 def measure(
     name: str, shape: Shape, heads: tuple[int, int], make: Any, rounds: int, head_dim: int | None = None
 ) -> list[dict[str, Any]]:
     """One shape: every contender checked, then timed in turn; a row each, with the reason where one could not run."""
+    return timed(prepare(name, shape, heads, make, head_dim), rounds, float("inf"))
+
+
+def prepare(
+    name: str, shape: Shape, heads: tuple[int, int], make: Any, head_dim: int | None = None
+) -> Prepared:
+    """Compiles every contender and checks its output."""
     N, kv_heads = heads
     head_dim = head_dim or shape.head_dim
     capacity = -(-shape.keys // 8) * 8
@@ -273,7 +304,14 @@ def measure(
             row["reason"] = (
                 f"{type(problem).__name__}: {str(problem).splitlines()[0][:200] if str(problem) else ''}"
             )
-    for contender, seconds in tools.interleaved_medians(runs, rounds).items():
+    return Prepared(shape, kv_heads, head_dim, rows, runs)
+
+
+def timed(prepared: Prepared, rounds: int, at_most_s: float) -> list[dict[str, Any]]:
+    """The rows with times and rates, and their ratios to the faster cuDNN."""
+    shape, kv_heads, head_dim, rows = prepared.shape, prepared.kv_heads, prepared.head_dim, prepared.rows
+    N = int(rows[0]["heads"].split("/")[0])
+    for contender, seconds in tools.interleaved_medians(prepared.runs, rounds, at_most_s=at_most_s).items():
         row = next(r for r in rows if r["contender"] == contender)
         row["ms"] = seconds * 1e3
         if shape.queries == 1:
@@ -320,16 +358,31 @@ def main() -> None:
     parser.add_argument("--heads", default="28/4,40/8", help="query heads / KV heads, comma separated")
     parser.add_argument("--contenders", default="", help="comma separated; default: all")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--at-most", type=float, default=60, help="seconds of a shape after which rounds end")
+    parser.add_argument(
+        "--ahead",
+        type=int,
+        default=1,
+        help="shapes to compile side by side, then time; memory must hold them",
+    )
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/attention.json"))
     arguments = parser.parse_args()
     wanted = [name for name in arguments.contenders.split(",") if name]
     rows = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else []
-    for name in arguments.only.split(",") if arguments.only else SHAPES:
-        for pair in arguments.heads.split(","):
-            N, kv_heads = map(int, pair.split("/"))
-            new = measure(
-                name, SHAPES[name], (N, kv_heads), lambda x: contenders(x, wanted), arguments.rounds
-            )
+    shapes = arguments.only.split(",") if arguments.only else list(SHAPES)
+    cases = [(name, pair) for pair in arguments.heads.split(",") for name in shapes]
+
+    def prepared(case: tuple[str, str]) -> Prepared:
+        name, pair = case
+        N, kv_heads = map(int, pair.split("/"))
+        return prepare(name, SHAPES[name], (N, kv_heads), lambda x: contenders(x, wanted))
+
+    for first in range(0, len(cases), arguments.ahead):
+        group = cases[first : first + arguments.ahead]
+        with ThreadPoolExecutor() as pool:
+            ready = list(pool.map(prepared, group))
+        for name, pair in group:
+            new = timed(ready.pop(0), arguments.rounds, arguments.at_most)
             print("\n".join(map(table_line, new)), flush=True)
             rows = [row for row in rows if (row["shape"], row["heads"]) != (name, pair)]
             rows += [row | {"date": str(datetime.date.today())} for row in new]

@@ -25,7 +25,6 @@ from qwen_jax.kernels.blocks import Blocks
 from qwen_jax.kernels.hopper import Held, Ring, keep_pace, multiprocessors, tiled
 from qwen_jax.kernels.hopper_walk import COLUMN, ROW, ROWS, Walk
 
-_PACE = 64  # key tiles after which a block looks where the others are
 _PACE_ENDED = 1 << 20  # more than all checks of a round
 _L2_BYTES = 32 * 2**20  # K and V of the heads that run side by side should fit in this much of L2
 
@@ -39,6 +38,8 @@ class Tiling:
         block_kv: keys a tile.
         stages: tiles of keys, and of values, that the ring holds.
         cluster: blocks, 1 or 2, that walk the same keys for neighbouring queries and share every copy of K and V.
+        pace: key tiles after which a block looks where the others are, and waits if it is two such stretches ahead of their
+            average; only where the keys and values of an item do not fit in L2. 0 for never.
         registers: a thread of a consumer and of the producer warpgroup; multiples of 8.
     """
 
@@ -47,6 +48,7 @@ class Tiling:
     stages: int = 2
     cluster: int = 1
     registers: tuple[int, int] = (232, 40)
+    pace: int = 64
 
     @property
     def rows(self) -> int:
@@ -109,7 +111,11 @@ def prefill(
     ) -> None:  # fmt: skip
         wg = lax.axis_index("wg")
         block = lax.axis_index("block")
-        pace = None if interpret else pl.get_global(plgpu.SemaphoreType.REGULAR((pl.cdiv(items, blocks),)))
+        pace = (
+            None
+            if interpret or not tiling.pace
+            else pl.get_global(plgpu.SemaphoreType.REGULAR((pl.cdiv(items, blocks),)))
+        )
         layer, q_start = where_ref[0], where_ref[1]
         # Tiles [0, succ) are INTER, [succ, intra) SUCC, the rest INTRA.
         succ, intra = lax.div(where_ref[2], bkv), lax.div(where_ref[3], bkv)
@@ -190,8 +196,8 @@ def prefill(
             in_round = jnp.where(r < items // blocks, blocks, items % blocks) * tiling.cluster
 
             def check_pace(j: jax.Array) -> None:
-                at_check = far & (lax.rem(j, _PACE) == 0) & (j > 0)
-                pl.when(at_check)(lambda: keep_pace(pace, r, 1, in_round * (lax.div(j, _PACE) - 2)))
+                at_check = far & (lax.rem(j, tiling.pace) == 0) & (j > 0)
+                pl.when(at_check)(lambda: keep_pace(pace, r, 1, in_round * (lax.div(j, tiling.pace) - 2)))
 
             def load(j: jax.Array, _: None) -> None:
                 if paced:
