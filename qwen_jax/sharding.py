@@ -86,6 +86,12 @@ def full_mesh(mesh: Mesh | None = None) -> Mesh:
     return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def mesh_of(array: jax.Array) -> Mesh | None:
+    """The mesh that an array lies on, for others to be placed beside it; None if it was placed without one."""
+    mesh = getattr(array.sharding, "mesh", None)
+    return mesh if isinstance(mesh, Mesh) else None
+
+
 def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
     """Refuses a tensor axis that does not divide the model or a context axis that does not divide the chunk length s of dual
     chunk attention, and names a mesh of the same devices that works.

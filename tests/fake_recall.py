@@ -19,8 +19,8 @@ def measure(
     sizes: Sizes,
     *,
     chunk: int,
-    last_queries: int,
     keys: float | None = None,
+    **unused: Any,
 ) -> Iterator[tuple[Piece, Measured]]:
     """More lines recall more, later layers and heads need more of them, columns count twice, later pieces recall less."""
     vertical, slash = (np.asarray(x, np.float64) for x in sizes)

@@ -16,6 +16,7 @@ from flax import nnx
 from qwen_jax.cache import KVCache, init_cache
 from qwen_jax.evals.passkey import DIGITS, Task
 from qwen_jax.model import Qwen2
+from qwen_jax.sharding import mesh_of
 from qwen_jax.sparsity.attention import SparsePrefill
 
 _NEW_TOKENS = DIGITS + 1  # one more than the key: a longer number is a wrong answer
@@ -34,14 +35,14 @@ def answerer(
     """
     graph, params = nnx.split(model)
     capacity = -(-(longest + _NEW_TOKENS) // piece) * piece
+    # The cache goes on its mesh, as every piece returns it: elsewhere the first piece would compile a program of its own.
     weight = model.embed.weight[...]
 
     def answer(tasks: Sequence[Task]) -> list[str]:
         ids_BT = np.stack([task.ids for task in tasks])
         B, T = ids_BT.shape
         ids_BT = np.pad(ids_BT, ((0, 0), (0, -T % piece)))
-        # Put where the weights are, as every piece returns it: the first piece would compile a program of its own.
-        cache = jax.device_put(init_cache(model.config, B, capacity, weight.dtype), weight.sharding)
+        cache = init_cache(model.config, B, capacity, weight.dtype, mesh_of(weight))
         length_B = jnp.full(B, T, jnp.int32)
         rule = sparse if sparse and sparse.threshold < T else None
         for start in range(0, T, piece):

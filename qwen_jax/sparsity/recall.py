@@ -23,6 +23,7 @@ from qwen_jax.kernels.sparse_attention.api import attend_lines
 from qwen_jax.kernels.sparse_attention.bands import bands_of
 from qwen_jax.model import Qwen2
 from qwen_jax.prefill import Piece, Prefiller, piece_tokens
+from qwen_jax.sharding import mesh_of
 from qwen_jax.sparsity.cost_aware import Piece as Queries
 from qwen_jax.sparsity.cost_aware import computed_pairs
 from qwen_jax.sparsity.selection import select_lines
@@ -54,6 +55,8 @@ def measure(
     chunk: int,
     last_queries: int,
     keys: float | None = None,
+    most_columns: int | None = None,
+    longest: int = 0,
 ) -> Iterator[tuple[Piece, Measured]]:
     """Prefills one sequence densely and yields what every piece of it showed.
 
@@ -65,21 +68,22 @@ def measure(
         last_queries: queries at the end of a piece that choose its lines.
         keys: None: sizes are used as they are. A number: in every piece each candidate's sizes are first scaled, head by head,
             to cost at most this many keys a query.
+        most_columns: no size is larger; None: any size.
+        longest: tokens of the longest sequence to come. It and most_columns compile programs of their own.
     """
     graph, params = nnx.split(model)
     prefiller = Prefiller(graph, params, model.config, chunk)
     T = len(token_ids)
-    capacity = -(-T // 256) * 256
-    # Put where the weights are, as every piece returns it: the first piece would compile a program of its own.
+    capacity = -(-max(T, longest) // 256) * 256
+    # On the weights' mesh, as every piece returns it: elsewhere the first piece would compile a program of its own.
     weight = model.embed.weight[...]
-    cache = jax.device_put(init_cache(model.config, 1, capacity, weight.dtype), weight.sharding)
-    # Rounded up, so that budgets which grow from round to round do not compile anew each time.
-    most = max(1024, 1 << (int(np.max(sizes.vertical)) - 1).bit_length()) if keys is None else capacity
+    cache = init_cache(model.config, 1, capacity, weight.dtype, mesh_of(weight))
+    most = capacity if most_columns is None else min(most_columns, capacity)
     for piece in prefiller.pieces(0, T, capacity):
         found, cache = _measure_piece(
             graph, params, jnp.asarray(piece_tokens(token_ids[None], 0, piece)), jnp.int32(piece.start),
             jnp.array([T], jnp.int32), cache, sizes, jnp.float32(keys or 0),
-            last_queries=last_queries, most_columns=min(most, capacity), fit=keys is not None,
+            last_queries=last_queries, most_columns=most, fit=keys is not None,
         )  # fmt: skip
         yield piece, found
 

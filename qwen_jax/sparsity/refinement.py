@@ -88,6 +88,8 @@ def refine(
         np.array([[getattr(as_read(b), name) for b in layer] for layer in first], np.int64)
         for name in ("vertical", "slash")
     )
+    # The same in all rounds and for all sequences: one program.
+    most_columns, longest = max(cap, int(vertical_LN.max())), max(map(len, sequences))
     rounds = progress.content.get("rounds", [])
     for number in range(1 << 20):
         if number == len(rounds):
@@ -95,7 +97,10 @@ def refine(
         for at in range(len(rounds[number]), len(sequences)):
             pieces = []
             sizes = Sizes(*(jnp.asarray(x[None], jnp.int32) for x in (vertical_LN, slash_LN)))
-            for piece, found in measure(model, sequences[at], sizes, chunk=chunk, last_queries=last_queries):
+            for piece, found in measure(
+                model, sequences[at], sizes, chunk=chunk, last_queries=last_queries,
+                most_columns=most_columns, longest=longest,
+            ):  # fmt: skip
                 pieces.append([np.asarray(x[0], np.float64) for x in (found.recall, found.keys)])
                 if on_piece:
                     on_piece(number, at, piece)

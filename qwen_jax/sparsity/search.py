@@ -72,7 +72,13 @@ def search(
         pieces = []
         sizes = Sizes(*(jnp.asarray(x) for x in grid))
         for piece, found in measure(
-            model, sequences[at], sizes, chunk=chunk, last_queries=last_queries, keys=keys
+            model,
+            sequences[at],
+            sizes,
+            chunk=chunk,
+            last_queries=last_queries,
+            keys=keys,
+            longest=max(map(len, sequences)),
         ):
             if piece.start + piece.length / 2 > 2 * keys:
                 pieces.append(
