@@ -19,14 +19,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+import ml_dtypes
 import numpy as np
 
 from qwen_jax.convert.parallel import cuts, in_parallel
-from qwen_jax.convert.source import DTYPES, Box, box_shape
+from qwen_jax.convert.source import Box, box_shape
 from qwen_jax.errors import CheckpointError
 
-TAGS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-_TAG_OF = {DTYPES[name]: tag for tag, name in TAGS.items()}
+TAGS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "I8": "int8", "F8_E4M3": "float8_e4m3fn"}
+_DTYPES = {tag: np.dtype(getattr(ml_dtypes, name, name)) for tag, name in TAGS.items()}
+_TAG_OF = {dtype: tag for tag, dtype in _DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own library
 _HEADER_ALIGNMENT = 8
 
@@ -97,7 +99,7 @@ def _info(file: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
             raise ValueError
     except (TypeError, KeyError, ValueError):
         raise CheckpointError(f"{file.name}: the header's entry for {name} is malformed") from None
-    if tag in TAGS and math.prod(shape) * DTYPES[TAGS[tag]].itemsize != end - begin:
+    if tag in TAGS and math.prod(shape) * _DTYPES[tag].itemsize != end - begin:
         raise CheckpointError(
             f"{file.name}: {name} is {tag} {shape} but {end - begin} bytes are set aside for it"
         )
@@ -143,7 +145,7 @@ def read_box(info: TensorInfo, shape: Sequence[int], box: Box, out: np.ndarray |
     Raises:
         CheckpointError: the file ends early or cannot be read.
     """
-    dtype = DTYPES[TAGS[info.tag]]
+    dtype = _DTYPES[info.tag]
     array = np.empty(box_shape(box), dtype) if out is None else out
     target = memoryview(array.reshape(-1).view(np.uint8)) if array.size else memoryview(b"")
     try:

@@ -1,4 +1,10 @@
-"""8-bit caches: numbers of int8 or float8_e4m3fn with one float32 factor a token and head."""
+"""8-bit caches: vectors are mixed, then held as int8 or float8_e4m3fn with one float32 factor a token and head.
+
+Mixing is a fixed orthogonal map of the H channels: signs, then a Hadamard transform. It leaves every product of a query and a
+key as it was if both are mixed, and spreads a channel that is far larger than the others, to which the factor would be fitted
+alone, over all of them (QuaRot, arXiv 2404.00456). Keys are mixed after their rotation; so must be the queries that meet them
+as they lie in the cache, and what comes of such values is unmixed.
+"""
 
 from __future__ import annotations
 
@@ -7,48 +13,65 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from qwen_jax.kernels.backends import Backend
+from qwen_jax.kernels.products import einsum
 
 DTYPES = (jnp.dtype(jnp.int8), jnp.dtype(jnp.float8_e4m3fn))
+EXPAND_TILE = 32_768  # positions expanded in one go
+
+
+def mix(x: jax.Array) -> jax.Array:
+    """x [..., H] mixed, float32."""
+    matrix, factor = _mixing(x.shape[-1])
+    return einsum("...H,HJ->...J", x, jnp.asarray(matrix, x.dtype)) * factor
+
+
+def unmix(x: jax.Array) -> jax.Array:
+    """The inverse of `mix`: [..., H], float32."""
+    matrix, factor = _mixing(x.shape[-1])
+    return einsum("...J,HJ->...H", x, jnp.asarray(matrix, x.dtype)) * factor
+
+
+@functools.cache
+def _mixing(head_dim: int) -> tuple[np.ndarray, float]:
+    """Entries 1, -1 and 0, exact in any dtype, and the factor that makes the matrix orthogonal."""
+    size = head_dim & -head_dim  # the largest power of two that divides H
+    hadamard = np.ones((1, 1))
+    while len(hadamard) < size:
+        hadamard = np.block([[hadamard, hadamard], [hadamard, -hadamard]])
+    # Without signs equal channels would add up in one. Legendre symbols mod 257 look random and are the same for ever,
+    # as caches on disk need.
+    signs = np.array([1 if pow(h % 256 + 1, 128, 257) == 1 else -1 for h in range(head_dim)])
+    return signs[:, None] * np.kron(np.eye(head_dim // size), hadamard), size**-0.5
 
 
 def quantise(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """x [..., H] as (8-bit numbers [..., H], float32 factors [...]): the largest magnitude of each vector fills the range."""
-    limit = (
-        float(jnp.finfo(dtype).max) if jnp.issubdtype(dtype, jnp.floating) else float(jnp.iinfo(dtype).max)
-    )
-    x = x.astype(jnp.float32)
+    """x [..., H] as (8-bit numbers [..., H], float32 factors [...]): mixed, the largest magnitude fills the range."""
+    floating = jnp.issubdtype(dtype, jnp.floating)
+    limit = float(jnp.finfo(dtype).max if floating else jnp.iinfo(dtype).max)
+    x = mix(x)
     factor = jnp.max(jnp.abs(x), axis=-1) / limit
     scaled = x / jnp.where(factor > 0, factor, 1.0)[..., None]
-    return (scaled if jnp.issubdtype(dtype, jnp.floating) else jnp.round(scaled)).astype(dtype), factor
+    return (scaled if floating else jnp.round(scaled)).astype(dtype), factor
+
+
+def expand(numbers: jax.Array, factor: jax.Array, dtype: Any) -> jax.Array:
+    """What `quantise` was given, as well as 8 bits hold it: [..., H] in `dtype`."""
+    # All three dtypes of a model hold every 8-bit number exactly.
+    return (unmix(numbers.astype(dtype)) * factor[..., None]).astype(dtype)
 
 
 def expand_layer(x_LBKSH: jax.Array, scale_LBKS: jax.Array, layer: jax.Array | int, dtype: Any) -> jax.Array:
-    """One layer of an 8-bit cache in `dtype`, [1, B, K, S, H]."""
-    x, scale = (lax.dynamic_index_in_dim(part, layer) for part in (x_LBKSH, scale_LBKS))
-    return (x.astype(jnp.float32) * scale[..., None]).astype(dtype)
+    """One layer of an 8-bit cache in `dtype`, [1, B, K, S, H], a tile of positions at a time."""
+    _, B, K, S, H = x_LBKSH.shape
+    width = min(EXPAND_TILE, S)
 
+    def tile(n: jax.Array, out: jax.Array) -> jax.Array:
+        at = (layer, 0, 0, jnp.minimum(n * width, S - width), 0)
+        numbers = lax.dynamic_slice(x_LBKSH, at, (1, B, K, width, H))
+        factor = lax.dynamic_slice(scale_LBKS, at[:4], (1, B, K, width))
+        return lax.dynamic_update_slice(out, expand(numbers, factor, dtype), (0, *at[1:]))
 
-def expanding(attend: Backend) -> Backend:
-    """`attend` for 8-bit caches too: the layer is expanded to the queries' dtype, in scratch, before the call."""
-
-    @functools.wraps(attend)
-    def call(
-        q: jax.Array,
-        k_LBKSH: jax.Array,
-        v_LBKSH: jax.Array,
-        *,
-        layer: jax.Array | int,
-        k_scale_LBKS: jax.Array | None = None,
-        v_scale_LBKS: jax.Array | None = None,
-        **rest: Any,
-    ) -> tuple[jax.Array, jax.Array]:
-        if k_scale_LBKS is None or v_scale_LBKS is None:
-            return attend(q, k_LBKSH, v_LBKSH, layer=layer, **rest)
-        k = expand_layer(k_LBKSH, k_scale_LBKS, layer, q.dtype)
-        v = expand_layer(v_LBKSH, v_scale_LBKS, layer, q.dtype)
-        return attend(q, k, v, layer=0, **rest)
-
-    return call
+    return lax.fori_loop(0, -(-S // width), tile, lax.empty((1, B, K, S, H), dtype))

@@ -49,7 +49,7 @@ def prefill_layer(
     ) -> tuple[jax.Array, KVCache]:  # fmt: skip
         cache = write_chunk(cache, k, v, layer=layer, start=start, first=first, share=share)
         out, lse = attend_prompts(
-            gather_queries(q, share), cache.k, cache.v, sparse,
+            gather_queries(q, share), cache, sparse,
             layer=layer, q_start=start, prompt_len_B=prompt_len_B, rotary=rotary, scale_B=scale_B,
             first=first if share else None, share=share, backend=backend,
         )  # fmt: skip
@@ -95,7 +95,7 @@ def decode_layer(
         out, lse = decode_attend(
             q, cache.k, cache.v,
             layer=layer, position_B=position_B, prompt_len_B=prompt_len_B, rotary=rotary, scale_B=scale_B,
-            share=share, backend=backend,
+            k_scale_LBKS=cache.k_scale, v_scale_LBKS=cache.v_scale, share=share, backend=backend,
         )  # fmt: skip
         return merge_outputs(out, lse, share), cache
 

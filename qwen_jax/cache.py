@@ -2,7 +2,7 @@
 
 Heads stand before positions and the whole cache travels with a layer index: measured on compiled programs, every other
 arrangement costs a copy of a layer or of the cache. Keys are stored rotated at j mod s and not scaled by the length
-temperature, so a prefix serves a longer prompt unchanged.
+temperature, so a prefix serves a longer prompt unchanged. With 8-bit dtypes vectors are held as `kernels.quantised` says.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from qwen_jax.config import ModelConfig
+from qwen_jax.kernels import quantised
 from qwen_jax.kernels.blocks import Share
 from qwen_jax.sharding import ShardingRules
 
@@ -27,11 +28,14 @@ class KVCache(NamedTuple):
     """Keys and values of all layers: k, v [L, B, K, S, H], slot S = absolute position in tokens.
 
     Over a mesh axis `context` each device holds the positions that `kernels.blocks` deals to it, and S is all of the first
-    device's slots, then all of the second's, and so on.
+    device's slots, then all of the second's, and so on. An 8-bit cache has its factors beside it, k_scale and v_scale
+    float32[L, B, K, S].
     """
 
     k: jax.Array
     v: jax.Array
+    k_scale: jax.Array | None = None
+    v_scale: jax.Array | None = None
 
     @property
     def capacity(self) -> int:
@@ -49,33 +53,46 @@ def cache_shape(config: ModelConfig, batch: int, capacity: int) -> tuple[int, in
     return config.num_layers, batch, config.num_kv_heads, capacity, config.head_dim
 
 
+def is_8_bit(dtype: DTypeLike) -> bool:
+    """Whether a cache of this dtype holds numbers with factors."""
+    return jnp.dtype(dtype) in quantised.DTYPES
+
+
 def abstract_cache(config: ModelConfig, batch: int, capacity: int, dtype: DTypeLike) -> Any:
     """A KVCache of ShapeDtypeStructs: nothing is allocated."""
-    leaf: Any = jax.ShapeDtypeStruct(cache_shape(config, batch, capacity), dtype)
-    return KVCache(leaf, leaf)
+    shape = cache_shape(config, batch, capacity)
+    return _cache_of(
+        dtype, jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)), jax.ShapeDtypeStruct(shape[:-1], jnp.float32)
+    )
 
 
-def cache_shardings(mesh: Mesh) -> Any:
+def cache_shardings(mesh: Mesh, dtype: DTypeLike) -> Any:
     """A KVCache of NamedShardings on a mesh as `sharding.full_mesh` returns it."""
-    leaf: Any = NamedSharding(mesh, ShardingRules().spec("LBKSH"))
-    return KVCache(leaf, leaf)
+    numbers, scales = (NamedSharding(mesh, ShardingRules().spec(letters)) for letters in ("LBKSH", "LBKS"))
+    return _cache_of(dtype, numbers, scales)
+
+
+def _cache_of(dtype: DTypeLike, numbers: Any, scales: Any) -> KVCache:
+    return KVCache(numbers, numbers, scales, scales) if is_8_bit(dtype) else KVCache(numbers, numbers)
 
 
 def init_cache(
     config: ModelConfig, batch: int, capacity: int, dtype: DTypeLike, mesh: Mesh | None = None
 ) -> KVCache:
     """An empty cache, allocated on the mesh (default: the default device)."""
-    return _allocator(cache_shape(config, batch, capacity), jnp.dtype(dtype), mesh)()
+    return _allocator(config, batch, capacity, jnp.dtype(dtype), mesh)()
 
 
 @functools.cache
-def _allocator(shape: tuple[int, ...], dtype: np.dtype, mesh: Mesh | None) -> Callable[[], KVCache]:
+def _allocator(
+    config: ModelConfig, batch: int, capacity: int, dtype: np.dtype, mesh: Mesh | None
+) -> Callable[[], KVCache]:
     """Kept, so that a second cache of a size compiles nothing."""
-
-    def zeros() -> KVCache:
-        return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-
-    return jax.jit(zeros, out_shardings=cache_shardings(mesh) if mesh else None)
+    abstract = abstract_cache(config, batch, capacity, dtype)
+    return jax.jit(
+        lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract),
+        out_shardings=cache_shardings(mesh, dtype) if mesh else None,
+    )
 
 
 def write_chunk(
@@ -94,19 +111,19 @@ def write_chunk(
     stay as they are.
     """
 
-    def write(buffer: jax.Array, x_BTKH: jax.Array) -> jax.Array:
-        x = jnp.swapaxes(x_BTKH, 1, 2)[None].astype(buffer.dtype)
+    def write(buffer: jax.Array, x_BTK: jax.Array) -> jax.Array:
+        x = jnp.swapaxes(x_BTK, 1, 2)[None]
         if share is None:
-            return lax.dynamic_update_slice(buffer, x, (layer, 0, 0, start, 0))
+            return lax.dynamic_update_slice(buffer, x, (layer, 0, 0, start, 0)[: x.ndim])
         slot = share.blocks.slot(start)
         new_T = share.position(slot + jnp.arange(x.shape[3], dtype=jnp.int32)) >= first
         new_T = new_T.reshape(-1, *[1] * (x.ndim - 4))
-        at = (layer, 0, 0, slot, 0)
+        at = (layer, 0, 0, slot, 0)[: x.ndim]
         return lax.dynamic_update_slice(
             buffer, jnp.where(new_T, x, lax.dynamic_slice(buffer, at, x.shape)), at
         )
 
-    return KVCache(write(cache.k, k_BTKH), write(cache.v, v_BTKH))
+    return jax.tree.map(write, cache, _entries(cache, k_BTKH, v_BTKH))
 
 
 def write_token(
@@ -124,7 +141,30 @@ def write_token(
         mine_B = share.blocks.owner(positions_B) == share.rank
         slots_B = jnp.where(mine_B, share.blocks.slot(positions_B), cache.capacity)
 
-    def write(buffer: jax.Array, x_BKH: jax.Array) -> jax.Array:
-        return buffer.at[layer, rows, :, slots_B].set(x_BKH.astype(buffer.dtype), mode="drop")
+    def write(buffer: jax.Array, x_BK: jax.Array) -> jax.Array:
+        return buffer.at[layer, rows, :, slots_B].set(x_BK, mode="drop")
 
-    return KVCache(write(cache.k, k_BKH), write(cache.v, v_BKH))
+    return jax.tree.map(write, cache, _entries(cache, k_BKH, v_BKH))
+
+
+def _entries(cache: KVCache, k: jax.Array, v: jax.Array) -> KVCache:
+    """Keys and values [..., H] as this cache holds them."""
+    if cache.k_scale is None:
+        return KVCache(k.astype(cache.k.dtype), v.astype(cache.v.dtype))
+    (k, k_scale), (v, v_scale) = (quantised.quantise(x, cache.k.dtype) for x in (k, v))
+    return KVCache(k, v, k_scale, v_scale)
+
+
+def read_layer(cache: KVCache, layer: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One layer for prefill: (k [L, B, K, S, H], v likewise, the index in L under which it lies).
+
+    That is the cache itself, uncopied; of an 8-bit cache the one layer alone, L = 1, expanded to `dtype`: next to what prefill
+    does with a layer, this costs little.
+    """
+    if cache.k_scale is None or cache.v_scale is None:
+        return cache.k, cache.v, layer
+    k, v = (
+        quantised.expand_layer(x, scale, layer, dtype)
+        for x, scale in ((cache.k, cache.k_scale), (cache.v, cache.v_scale))
+    )
+    return k, v, jnp.int32(0)

@@ -33,10 +33,10 @@ def _round_up(n: int, step: int) -> int:
 @functools.partial(jax.jit, static_argnames=("capacity", "spread"))
 def _grown(cache: KVCache, capacity: int, spread: Spread | None) -> KVCache:
     devices = spread.blocks.count if spread and spread.blocks else 1
-    more = (capacity - cache.capacity) // devices
+    room = ((0, 0), (0, 0), (0, 0), (0, (capacity - cache.capacity) // devices), (0, 0))
 
     def grow(cache: KVCache, share: Share | None = None) -> KVCache:
-        return KVCache(*(jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, more), (0, 0))) for x in cache))
+        return jax.tree.map(lambda x: jnp.pad(x, room[: x.ndim]), cache)
 
     return spread.run(grow, ("LBKS",), "LBKS", cache) if spread else grow(cache)
 

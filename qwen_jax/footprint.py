@@ -79,8 +79,9 @@ class Footprint:
         """The most that is alive at once while a prefill piece passes one layer.
 
         The residual stream and its normed copy are always there; beside them either attention (q, k, v, three
-        rotations of q, output and its log-sum-exp) or the MLP (gate, up, product). Attention holds the queries of the
-        whole piece on every device of the context axis, the rest only its share of them. Then the last logits.
+        rotations of q, output and its log-sum-exp, an expanded layer of an 8-bit cache) or the MLP (gate, up, product).
+        Attention holds the queries of the whole piece on every device of the context axis, the rest only its share of
+        them. Then the last logits.
         A test holds this against a compiled program; what kernels keep for themselves comes on top.
         """
         c, tensor, element = self.config, self.mesh[TENSOR], self.element
@@ -93,7 +94,15 @@ class Footprint:
         attended = piece * heads * (c.head_dim * element * (rotations + 1) + 4)
         mlp = 3 * share * c.intermediate_size // tensor * element
         logits = 4 * self.rows * c.vocab_size // tensor
-        return residual + max(projected + attended, mlp) + logits
+        return residual + max(projected + attended + self._expanded_bytes(), mlp) + logits
+
+    def _expanded_bytes(self) -> int:
+        """K and V of one layer as a prefill piece reads them from an 8-bit cache (`cache.read_layer`)."""
+        if DTYPE_BYTES[self.kv_dtype] > 1:
+            return 0
+        positions = -(-self.context // self.mesh[CONTEXT])
+        heads = self.config.num_kv_heads // self.mesh[TENSOR]
+        return 2 * heads * self.config.head_dim * positions * self.rows * self.element
 
     def prefill_seconds(self) -> tuple[float, float]:
         """Floors of the linear layers and of causal attention, for all rows of one device."""

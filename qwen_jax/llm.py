@@ -17,8 +17,9 @@ from jax.typing import DTypeLike
 
 from qwen_jax import prefix_io
 from qwen_jax.answer import Answer, Generation
+from qwen_jax.balance import balanced
 from qwen_jax.build import load
-from qwen_jax.cache import KVCache, init_cache
+from qwen_jax.cache import KVCache, init_cache, is_8_bit
 from qwen_jax.config import DualChunk, ModelConfig
 from qwen_jax.context import Context, Document, capacity_for
 from qwen_jax.decode import BLOCK, NO_TOKEN, Request, decode_block, first_token
@@ -41,6 +42,8 @@ from qwen_jax.sparsity.switch import check_name, sparse_prefill
 from qwen_jax.spread import Spread
 from qwen_jax.tokenizer import Tokenizer, has_tokenizer
 
+_FP8 = jnp.float8_e4m3fn
+_KV_DTYPES = tuple(map(jnp.dtype, (jnp.bfloat16, jnp.float16, jnp.float32, jnp.int8, _FP8)))
 STREAM_BLOCK = 8  # tokens between two pieces of streamed text
 DEFAULT_NEW_TOKENS = 512
 _NOTHING = np.zeros(0, np.int32)
@@ -78,7 +81,8 @@ class LLM:
             max_len: default: the config's max_position_embeddings.
             prefill_chunk: tokens of a prefill piece; default `prefill.default_chunk`.
             dtype: of weights and activations; default: the checkpoint's. It, `weight_dtype`, `matmul` and `dca` are for a path.
-            kv_dtype: of the cache; default: that of the weights.
+            kv_dtype: of the cache: bfloat16, float16, float32, or 8 bits: "int8", or the less exact "fp8" (e4m3); default:
+                that of the weights. For 8 bits `self.model` gets new weights for queries and keys, see `balance`.
             weight_dtype, matmul: 8-bit weights and products, see `load`.
             sparsity: "vertical-slash": prompts above the config's sparse_attention_threshold (32,768 tokens unless it says
                 otherwise) are prefilled over the lines that the folder's sparse_attention_config.json allows each head;
@@ -141,6 +145,8 @@ class LLM:
         self._spread = self.model.spread
         self._batch_size, self._progress = batch_size, progress
         self._kv_dtype = _kv_dtype(kv_dtype, self.model.embed.weight[...].dtype)
+        if is_8_bit(self._kv_dtype):
+            self.model = balanced(self.model)
         self._graph, self._params = nnx.split(self.model)
         chunk = _chunk(prefill_chunk, self.config, self._spread)
         self._prefiller = Prefiller(self._graph, self._params, self.config, chunk, sparse)
@@ -388,6 +394,10 @@ class LLM:
             raise RequestError(
                 "the prefix was made with another model, or with other positions: prefill the text with this one"
             )
+        if prefix.cache.k.dtype != self._kv_dtype:
+            raise RequestError(
+                f"the prefix has a cache of {prefix.cache.k.dtype}, this LLM makes {self._kv_dtype}: prefill the text with it"
+            )
 
     def _check_length(self, prompt: int, new: int) -> None:
         if prompt + new > self.max_len:
@@ -424,11 +434,10 @@ def _check_loaded(model: Qwen2, *, mesh: Mesh | None, **settings: object) -> Non
 
 
 def _kv_dtype(wanted: DTypeLike | None, weights: np.dtype) -> np.dtype:
-    supported = [np.dtype(d) for d in (jnp.bfloat16, jnp.float16, jnp.float32)]
     try:
-        dtype = np.dtype(weights if wanted is None else wanted)
+        dtype = jnp.dtype(weights if wanted is None else _FP8 if wanted == "fp8" else wanted)
     except TypeError:
         dtype = None
-    if dtype not in supported:
-        raise RequestError(f"kv_dtype={wanted!r} is not built yet; there are bfloat16, float16 and float32")
+    if dtype not in _KV_DTYPES:
+        raise RequestError(f"kv_dtype={wanted!r} is not one of bfloat16, float16, float32, int8, fp8")
     return dtype

@@ -201,10 +201,8 @@ def _warnings(f: Footprint) -> tuple[str, ...]:
         found.append(f"the context is longer than the {limit:,} positions the model is made for")
     if f.mesh[DATA] > f.batch:
         found.append(f"data={f.mesh[DATA]} is more than the {f.batch} rows: devices stay idle")
-    planned = ["an 8-bit cache"] * (DTYPE_BYTES[f.kv_dtype] == 1)
-    planned += ["sparse prefill"] * (f.density < 1)
-    if planned:
-        found.append(f"planned for, but not built yet: {', '.join(planned)}")
+    if f.density < 1:
+        found.append("planned for, but not built yet: sparse prefill")
     return tuple(found)
 
 

@@ -1,4 +1,4 @@
-"""A prefilled document on disk: one safetensors file of keys and values by layer, and a JSON file that says whose they are.
+"""A prefilled document on disk: keys and values by layer as safetensors, and a JSON file that says whose they are.
 
 Only the document's own positions are written, layer by layer, so host memory holds one layer at a time.
 """
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_jax.cache import KVCache, cache_shape
+from qwen_jax.cache import KVCache
 from qwen_jax.config import read_json
 from qwen_jax.context import Document
 from qwen_jax.convert.safetensors_io import TAGS, SafetensorsWriter, read_box, read_header
@@ -24,14 +24,16 @@ from qwen_jax.errors import CheckpointError
 from qwen_jax.model import Qwen2
 from qwen_jax.processes import fetch
 
-_META, _DATA = "document.json", "cache.safetensors"
+_META = "document.json"
+_DATA, _SCALES = "cache.safetensors", "scales.safetensors"  # a file has one dtype; scales are of 8-bit caches
 
 
 def owner(model: Qwen2) -> dict[str, object]:
     """What a cache depends on: the config, and a digest of a few small tensors."""
-    digest = hashlib.sha256()
+    digest, k = hashlib.sha256(), model.layers.attn.k
+    channels = k.weight[..., 0] if k.scale is None else k.scale[...]  # all: `balance` may have changed any
     for array in (
-        model.layers.attn.k.weight[:, 0, 0],
+        channels,
         model.layers.input_norm.weight[...],
         model.norm.weight[...],
     ):
@@ -50,17 +52,17 @@ def save(document: Document, path: Path) -> None:
             f"{path}: a document that is spread over several processes cannot be saved: save it from one"
         )
     cache, length, slots = document.cache, len(document), document.slots()
-    L, _, K, _, H = cache.k.shape
-    names = [f"{kind}.{layer}" for layer in range(L) for kind in ("k", "v")]
     meta = {"owner": document.owner, "dtype": cache.k.dtype.name, "token_ids": document.token_ids.tolist()}
     with staged(path.absolute()) as out:
         try:
-            with SafetensorsWriter(
-                out / _DATA, dict.fromkeys(names, (K, length, H)), cache.k.dtype
-            ) as writer:
-                for layer in range(L):
-                    for kind, buffer in (("k", cache.k), ("v", cache.v)):
-                        writer.write(f"{kind}.{layer}", np.asarray(buffer[layer, 0])[:, slots])
+            for file, buffers in _files(cache).items():
+                layers, _, heads, _, *rest = buffers[0][1].shape
+                names = [f"{kind}.{layer}" for layer in range(layers) for kind, _ in buffers]
+                shapes = dict.fromkeys(names, (heads, length, *rest))
+                with SafetensorsWriter(out / file, shapes, buffers[0][1].dtype) as writer:
+                    for layer in range(layers):
+                        for kind, buffer in buffers:
+                            writer.write(f"{kind}.{layer}", np.asarray(buffer[layer, 0])[:, slots])
             (out / _META).write_text(json.dumps(meta), encoding="utf-8")
         except OSError as error:
             raise CheckpointError(f"{path}: the document could not be written: {error.strerror}") from None
@@ -77,13 +79,13 @@ def load(path: Path, model: Qwen2, dtype: np.dtype, new_cache: Callable[[int], K
         if theirs["config"] != mine["config"]:
             fields = sorted(k for k, v in mine["config"].items() if theirs["config"].get(k) != v)  # type: ignore[attr-defined]
             raise CheckpointError(f"{path}: made with another model: its {', '.join(fields)} differ")
-        if theirs["weights"] != mine["weights"]:
-            raise CheckpointError(
-                f"{path}: made with other weights of the same shape: prefill the document again"
-            )
         if meta["dtype"] != dtype.name:
             raise CheckpointError(
                 f"{path}: its cache is {meta['dtype']}, this one {dtype.name}: pass kv_dtype={meta['dtype']!r}"
+            )
+        if theirs["weights"] != mine["weights"]:
+            raise CheckpointError(
+                f"{path}: made with other weights of the same shape: prefill the document again"
             )
     except CheckpointError:
         raise
@@ -91,31 +93,42 @@ def load(path: Path, model: Qwen2, dtype: np.dtype, new_cache: Callable[[int], K
         raise CheckpointError(f"{path / _META}: not the description of a saved document") from None
     if not len(token_ids) or token_ids.min() < 0 or token_ids.max() >= model.config.vocab_size:
         raise CheckpointError(f"{path / _META}: its token ids are empty or outside the vocabulary")
-    tensors = read_header(path / _DATA)
-    L, _, K, _, H = cache_shape(model.config, 1, 0)
-    shape = (K, len(token_ids), H)
     document = Document(new_cache(len(token_ids)), token_ids, mine, model.spread)
-    slots, held = document.slots(), (K, document.cache.capacity, H)
-    for layer in range(L):
-        parts = []
-        for name in (f"k.{layer}", f"v.{layer}"):
-            found = tensors.get(name)
-            if found is None or (found.shape, TAGS.get(found.tag)) != (shape, dtype.name):
-                raise CheckpointError(
-                    f"{path / _DATA}: tensor {name} is missing or is not {dtype.name} {list(shape)}"
-                )
-            part = np.zeros(held, dtype)
-            part[:, slots] = read_box(tensors[name], shape, tuple((0, n) for n in shape))
-            parts.append(jnp.asarray(part))
-        document.cache = _put_layer(document.cache, *parts, jnp.int32(layer))
+    slots, files = document.slots(), _files(document.cache)
+    found = {file: read_header(path / file) for file in files}
+    for layer in range(model.config.num_layers):
+        parts = {}
+        for file, buffers in files.items():
+            for kind, buffer in buffers:
+                held, name = buffer.shape[2:], f"{kind}.{layer}"
+                shape = (held[0], len(token_ids), *held[2:])
+                info = found[file].get(name)
+                if info is None or (info.shape, TAGS.get(info.tag)) != (shape, buffer.dtype.name):
+                    raise CheckpointError(
+                        f"{path / file}: tensor {name} is missing or is not {buffer.dtype.name} {list(shape)}"
+                    )
+                part = np.zeros(held, buffer.dtype)
+                part[:, slots] = read_box(info, shape, tuple((0, n) for n in shape))
+                parts[kind] = jnp.asarray(part)
+        document.cache = _put_layer(document.cache, KVCache(**parts), jnp.int32(layer))
     return document
 
 
-def _put(cache: KVCache, k_KSH: jax.Array, v_KSH: jax.Array, layer: jax.Array) -> KVCache:
-    def write(buffer: jax.Array, x_KSH: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice(buffer, x_KSH[None, None], (layer, 0, 0, 0, 0))
+def _files(cache: KVCache) -> dict[str, list[tuple[str, jax.Array]]]:
+    """The files of a cache, and the names and buffers that each holds layer by layer."""
+    files = {_DATA: [("k", cache.k), ("v", cache.v)]}
+    if cache.k_scale is not None and cache.v_scale is not None:
+        files[_SCALES] = [("k_scale", cache.k_scale), ("v_scale", cache.v_scale)]
+    return files
 
-    return KVCache(write(cache.k, k_KSH), write(cache.v, v_KSH))
+
+def _put(cache: KVCache, entry: KVCache, layer: jax.Array) -> KVCache:
+    """Writes one row's keys and values of one layer, [K, S, ...], from position 0 on."""
+
+    def write(buffer: jax.Array, x_KS: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(buffer, x_KS[None, None], (layer, 0, 0, 0, 0)[: buffer.ndim])
+
+    return jax.tree.map(write, cache, entry)
 
 
 _put_layer = jax.jit(_put, donate_argnums=0)

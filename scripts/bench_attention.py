@@ -31,7 +31,7 @@ from qwen_jax.config import DualChunk
 from qwen_jax.kernels.attention import hopper as prefill
 from qwen_jax.kernels.attention.api import attend
 from qwen_jax.kernels.decode_attention.api import decode_attend
-from qwen_jax.kernels.quantised import quantise
+from qwen_jax.kernels.quantised import expand, quantise
 from qwen_jax.rope import temperature
 
 TOLERANCE = 1e-2
@@ -271,7 +271,7 @@ def prepare(
         inputs = dataclasses.replace(
             inputs, k=k, v=v, scales={"k_scale_LBKS": k_scale, "v_scale_LBKS": v_scale}
         )
-        dense = k.astype(jnp.float32) * k_scale[..., None], v.astype(jnp.float32) * v_scale[..., None]
+        dense = expand(k, k_scale, jnp.float32), expand(v, v_scale, jnp.float32)
     factors = None
     if shape.queries == 1 and shape.dca:  # in decode each key carries its temperature
         j = jnp.arange(capacity)

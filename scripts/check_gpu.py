@@ -27,7 +27,7 @@ from qwen_jax.kernels.cutoffs.ranks import rank_of
 from qwen_jax.kernels.decode_attention.api import BACKENDS as DECODE
 from qwen_jax.kernels.line_scores.api import BACKENDS as LINES
 from qwen_jax.kernels.line_scores.api import line_scores
-from qwen_jax.kernels.quantised import quantise
+from qwen_jax.kernels.quantised import expand, quantise
 from qwen_jax.kernels.sparse_attention.api import BACKENDS as SPARSE
 from qwen_jax.kernels.sparse_attention.bands import tile_distances
 from qwen_jax.kernels.sparse_attention.computed import computed_keys
@@ -249,7 +249,7 @@ def check_decode(backend: str, case: tuple[Any, ...], seed: int) -> tuple[float,
     if cache:  # compared with the numbers the cache holds
         (k_run, k_scale), (v_run, v_scale) = (quantise(x, jnp.dtype(cache[0])) for x in (k, v))
         scales = {"k_scale_LBKS": k_scale, "v_scale_LBKS": v_scale}
-        k, v = k_run.astype(jnp.float32) * k_scale[..., None], v_run.astype(jnp.float32) * v_scale[..., None]
+        k, v = expand(k_run, k_scale, jnp.float32), expand(v_run, v_scale, jnp.float32)
 
     @jax.jit
     def run(

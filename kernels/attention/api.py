@@ -11,14 +11,13 @@ import jax
 from qwen_jax.kernels.attention import reference
 from qwen_jax.kernels.backends import Backend, alone, dispatch, given, on_gpu, on_tpu
 from qwen_jax.kernels.blocks import Share
-from qwen_jax.kernels.quantised import expanding
 from qwen_jax.rope import Rotary
 
 BACKENDS: dict[str, Backend] = {
-    "mosaic_gpu": expanding(on_gpu("qwen_jax.kernels.attention.mosaic_gpu", "attend")),
-    "mosaic_tpu": expanding(alone(on_tpu("qwen_jax.kernels.attention.mosaic_tpu", "attend"))),
-    "cudnn": expanding(alone(on_gpu("qwen_jax.kernels.attention.cudnn", "attend"))),
-    "xla": expanding(reference.attend),
+    "mosaic_gpu": on_gpu("qwen_jax.kernels.attention.mosaic_gpu", "attend"),
+    "mosaic_tpu": alone(on_tpu("qwen_jax.kernels.attention.mosaic_tpu", "attend")),
+    "cudnn": alone(on_gpu("qwen_jax.kernels.attention.cudnn", "attend")),
+    "xla": reference.attend,
 }
 
 
@@ -32,8 +31,6 @@ def attend(
     kv_len_B: jax.Array,
     rotary: Rotary,
     scale_B: jax.Array,
-    k_scale_LBKS: jax.Array | None = None,
-    v_scale_LBKS: jax.Array | None = None,
     share: Share | None = None,
     backend: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -51,8 +48,6 @@ def attend(
         kv_len_B: int32[B], tokens of each row that are real.
         rotary: positions, static.
         scale_B: float32[B], the factor on scores: 1 / sqrt(H) times the temperatures of the query and of the keys.
-        k_scale_LBKS: float32, with a cache of int8 or float8_e4m3fn: what each key is to be multiplied by, [L, B, K, S].
-        v_scale_LBKS: the same for values.
         share: which positions are in the cache, S of its slots; None: slot and position are the same.
         backend: a name in BACKENDS, or None for the first that accepts.
 
@@ -66,5 +61,5 @@ def attend(
     return dispatch(
         "attention", BACKENDS, backend, q_BTNH, k_LBKSH, v_LBKSH,
         layer=layer, q_start=q_start, kv_len_B=kv_len_B, rotary=rotary, scale_B=scale_B,
-        **given(k_scale_LBKS=k_scale_LBKS, v_scale_LBKS=v_scale_LBKS, share=share),
+        **given(share=share),
     )  # fmt: skip

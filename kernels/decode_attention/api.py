@@ -7,13 +7,12 @@ import jax
 from qwen_jax.kernels.backends import Backend, alone, dispatch, given, on_gpu, on_tpu
 from qwen_jax.kernels.blocks import Share
 from qwen_jax.kernels.decode_attention import reference
-from qwen_jax.kernels.quantised import expanding
 from qwen_jax.rope import Rotary
 
 BACKENDS: dict[str, Backend] = {
     "mosaic_gpu": on_gpu("qwen_jax.kernels.decode_attention.mosaic_gpu", "decode_attend"),
     "mosaic_tpu": alone(on_tpu("qwen_jax.kernels.decode_attention.mosaic_tpu", "decode_attend")),
-    "xla": expanding(reference.decode_attend),
+    "xla": reference.decode_attend,
 }
 
 
@@ -46,8 +45,8 @@ def decode_attend(
         prompt_len_B: int32[B], tokens of each row's prompt.
         rotary: positions and original_max_position_embeddings, static.
         scale_B: float32[B], 1 / sqrt(H) times the query's temperature m(position + 1).
-        k_scale_LBKS: float32, with a cache of int8 or float8_e4m3fn: what each key is to be multiplied by, [L, B, K, S].
-        v_scale_LBKS: the same for values.
+        k_scale_LBKS, v_scale_LBKS: with a cache of 8-bit numbers, their factors as `kernels.quantised.quantise` makes them,
+            float32[L, B, K, S].
         share: which positions are in the cache, S of its slots; None: slot and position are the same.
         backend: a name in BACKENDS, or None for the first that accepts.
 

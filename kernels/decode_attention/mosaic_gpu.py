@@ -86,6 +86,7 @@ def decode_attend(
     out_BKPGH = out.reshape(B, K, P, problem.rows, H)[:, :, :, :G]
     lse_BKPG = lse.reshape(B, K, P, ROWS)[..., :G]
     merged_BKGH, merged_BKG = merge(out_BKPGH, lse_BKPG, axis=2)
+    merged_BKGH = quantised.unmix(merged_BKGH) if problem.quantised else merged_BKGH
     return merged_BKGH.reshape(B, N, H).astype(q_BNH.dtype), merged_BKG.reshape(B, N)
 
 
@@ -123,9 +124,10 @@ def refusal(
 def _rotations(
     q_BNH: jax.Array, position_B: jax.Array, factor_B: jax.Array, rotary: Rotary, problem: Problem
 ) -> jax.Array:
-    """The queries as each stage's keys see them, scaled, stages in key order, heads padded: [stages * B * K, 64, H]."""
+    """The queries as each stage's keys lie in the cache, scaled, stages in key order, heads padded: [stages * B * K, 64, H]."""
     stages = (Stage.INTER, Stage.SUCC, Stage.INTRA) if rotary.dca else (Stage.INTRA,)
     q_B1NH = q_BNH.astype(jnp.float32)[:, None] * factor_B[:, None, None, None]
     q = jnp.stack([rotary.rotate_queries(q_B1NH, position_B[:, None], stage) for stage in stages])
+    q = quantised.mix(q) if problem.quantised else q
     q = q.astype(q_BNH.dtype).reshape(-1, problem.group, problem.head_dim)
     return jnp.pad(q, ((0, 0), (0, ROWS - problem.group), (0, 0)))

@@ -68,6 +68,8 @@ def decode_attend(
     q_BPNH = jnp.concatenate(
         [rotary.rotate_queries(q_B1NH, query_B[:, None], stage) for stage in rotary.stages], axis=1
     )
+    mixed = k_scale_LBKS is not None  # an 8-bit cache is
+    q_BPNH = quantised.mix(q_BPNH) if mixed else q_BPNH
     q_BPKRH = jnp.pad(
         q_BPNH.astype(q_BNH.dtype).reshape(B, problem.versions, K, G, H),
         ((0, 0), (0, 0), (0, 0), (0, problem.rows - G), (0, 0)),
@@ -82,6 +84,7 @@ def decode_attend(
         *(x.astype(jnp.float32) for x in (k_scale_LBKS, v_scale_LBKS) if x is not None),
     )
     out_BKGH, lse_BKG = merge(out_BCKRH[:, :, :, :G], lse[:, :, :, :G, 0], axis=1)
+    out_BKGH = quantised.unmix(out_BKGH) if mixed else out_BKGH
     return out_BKGH.reshape(B, N, H).astype(q_BNH.dtype), lse_BKG.reshape(B, N)
 
 

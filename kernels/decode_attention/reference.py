@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qwen_jax.kernels import quantised
 from qwen_jax.kernels.attention.reference import read_tile
 from qwen_jax.kernels.blocks import EVERYTHING, Share
 from qwen_jax.kernels.products import einsum
@@ -29,6 +30,8 @@ def decode_attend(
     prompt_len_B: jax.Array,
     rotary: Rotary,
     scale_B: jax.Array,
+    k_scale_LBKS: jax.Array | None = None,
+    v_scale_LBKS: jax.Array | None = None,
     share: Share = EVERYTHING,
 ) -> tuple[jax.Array, jax.Array]:
     """See `kernels.decode_attention.api.decode_attend`. Takes any s, any cache capacity, any device."""
@@ -40,15 +43,25 @@ def decode_attend(
     q_BPNH = jnp.stack(
         [rotary.rotate_queries(q_BNH[:, None], position_B[:, None], stage)[:, 0] for stage in stages], axis=1
     )
+    mixed = k_scale_LBKS is not None  # the tiles of an 8-bit cache are
+    if mixed:
+        q_BPNH = quantised.mix(q_BPNH).astype(q_BNH.dtype)
     q_BKPGH = jnp.einsum("BPKGH->BKPGH", q_BPNH.reshape(B, len(stages), K, G, H))
     succ_B, intra_B = rotary.stage_starts(jnp.maximum(position_B, 0))
+
+    def read(x_LBKSH: jax.Array, scale_LBKS: jax.Array | None, start: jax.Array) -> jax.Array:
+        tile = read_tile(x_LBKSH, jnp.int32(layer), start, width)
+        if scale_LBKS is None:
+            return tile
+        factor = read_tile(scale_LBKS[..., None], jnp.int32(layer), start, width)
+        return (tile.astype(jnp.float32) * factor).astype(q_BNH.dtype)
 
     def visit(n: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
         out, peak, total = state
         start = jnp.minimum(n * width, S - width)  # dynamic_slice would move a tile that overhangs the cache
         slot_S = start + jnp.arange(width, dtype=jnp.int32)
         j_S = share.position(slot_S)
-        k_BKSH, v_BKSH = (read_tile(x, jnp.int32(layer), start, width) for x in (k_LBKSH, v_LBKSH))
+        k_BKSH, v_BKSH = read(k_LBKSH, k_scale_LBKS, start), read(v_LBKSH, v_scale_LBKS, start)
         s_BKPGS = einsum("BKPGH,BKSH->BKPGS", q_BKPGH, k_BKSH)
         s_BKGS = s_BKPGS[:, :, 0]
         if rotary.dca:
@@ -74,7 +87,9 @@ def decode_attend(
     empty = total == 0
     total = jnp.where(empty, 1.0, total)
     lse = jnp.where(empty, -jnp.inf, peak + jnp.log(total))
-    return (out / total[..., None]).astype(q_BNH.dtype).reshape(B, N, H), lse.reshape(B, N)
+    out = out / total[..., None]
+    out = quantised.unmix(out) if mixed else out
+    return out.astype(q_BNH.dtype).reshape(B, N, H), lse.reshape(B, N)
 
 
 def key_temperature(j_S: jax.Array, prompt_len_B: jax.Array, rotary: Rotary) -> jax.Array:

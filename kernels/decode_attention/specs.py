@@ -21,7 +21,7 @@ def tiling_for(problem: Problem, chunk_len: int | None, device_kind: str | None 
             tiling = Tiling(**entry["tiling"])
             if not chunk_len or chunk_len % tiling.block_kv == 0:
                 return tiling
-    return Tiling(block_kv=64, stages=2 if problem.quantised else 4)
+    return Tiling(block_kv=64, stages=2 if problem.quantised else 4, raw_stages=4)
 
 
 @functools.cache

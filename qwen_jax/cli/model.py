@@ -35,7 +35,11 @@ Dtype = Annotated[
 ]
 KvDtype = Annotated[
     str | None,
-    typer.Option(help="Of the cache.", rich_help_panel=_MODEL, show_default="that of the weights"),
+    typer.Option(
+        help="Of the cache: --dtype's, int8 or fp8.",
+        rich_help_panel=_MODEL,
+        show_default="that of the weights",
+    ),
 ]
 WeightDtype = Annotated[
     str | None,

@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
-from qwen_jax.cache import KVCache, init_cache
+from qwen_jax.balance import balanced
+from qwen_jax.cache import KVCache, init_cache, is_8_bit
 from qwen_jax.evals.passkey import DIGITS, Task
 from qwen_jax.model import Qwen2
 from qwen_jax.sharding import mesh_of
@@ -23,7 +25,11 @@ _NEW_TOKENS = DIGITS + 1  # one more than the key: a longer number is a wrong an
 
 
 def answerer(
-    model: Qwen2, longest: int, piece: int, sparse: SparsePrefill | None = None
+    model: Qwen2,
+    longest: int,
+    piece: int,
+    sparse: SparsePrefill | None = None,
+    kv_dtype: DTypeLike | None = None,
 ) -> Callable[[Sequence[Task]], list[str]]:
     """A function that continues tasks of one common length by greedy decoding, as many rows as it is given tasks.
 
@@ -32,8 +38,10 @@ def answerer(
         longest: tokens of the longest task; every call allocates a cache for it.
         piece: tokens of a prefill piece; it must divide the model's chunk length s.
         sparse: makes texts above its threshold sparse; None: all are dense.
+        kv_dtype: of the cache; None: that of the weights.
     """
-    graph, params = nnx.split(model)
+    dtype = kv_dtype or model.embed.weight[...].dtype
+    graph, params = nnx.split(balanced(model) if is_8_bit(dtype) else model)
     capacity = -(-(longest + _NEW_TOKENS) // piece) * piece
     # The cache goes on its mesh, as every piece returns it: elsewhere the first piece would compile a program of its own.
     weight = model.embed.weight[...]
@@ -42,7 +50,7 @@ def answerer(
         ids_BT = np.stack([task.ids for task in tasks])
         B, T = ids_BT.shape
         ids_BT = np.pad(ids_BT, ((0, 0), (0, -T % piece)))
-        cache = init_cache(model.config, B, capacity, weight.dtype, mesh_of(weight))
+        cache = init_cache(model.config, B, capacity, dtype, mesh_of(weight))
         length_B = jnp.full(B, T, jnp.int32)
         rule = sparse if sparse and sparse.threshold < T else None
         for start in range(0, T, piece):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from qwen_jax.cache import KVCache, read_layer
 from qwen_jax.kernels.attention.api import attend
 from qwen_jax.kernels.blocks import Share
 from qwen_jax.kernels.line_scores.api import line_scores
@@ -78,8 +79,7 @@ jax.tree_util.register_dataclass(
 
 def attend_prompts(
     q_BTNH: jax.Array,
-    k_LBKSH: jax.Array,
-    v_LBKSH: jax.Array,
+    cache: KVCache,
     sparse: SparsePrefill | None,
     *,
     layer: jax.Array,
@@ -93,12 +93,14 @@ def attend_prompts(
 ) -> tuple[jax.Array, jax.Array]:
     """(out [B, T, N, H], lse [B, T, N]) of `kernels.attention.api.attend`, over chosen lines in rows that are sparse.
 
-    Arguments as there; prompt_len_B int32[B] is each row's whole prompt, in tokens; `backend` is that of dense attention.
+    Arguments as there; the cache holds the piece's own keys and values; prompt_len_B int32[B] is each row's whole prompt, in
+    tokens; `backend` is that of dense attention.
     `first` is the first query that is real, by default q_start. With a share the lines are those that all keys would give.
     """
     first = q_start if first is None else first
+    k_LBKSH, v_LBKSH, at = read_layer(cache, layer, q_BTNH.dtype)
     common: dict[str, Any] = {
-        "layer": layer, "q_start": q_start, "rotary": rotary, "scale_B": scale_B, "share": share
+        "layer": at, "q_start": q_start, "rotary": rotary, "scale_B": scale_B, "share": share
     }  # fmt: skip
     if sparse is None:
         return attend(q_BTNH, k_LBKSH, v_LBKSH, kv_len_B=prompt_len_B, backend=backend, **common)

@@ -103,7 +103,7 @@ def test_wrong_dtype(hf_folder, edit):
     refused(folder, rf"{Q0} stored as float32 where config.json says bfloat16")
     folder = hf_folder("quantised")
     edit(folder, lambda t: t.update({Q0: np.zeros(t[Q0].shape, np.int8)}))
-    refused(folder, rf"{Q0} stored as I8 where config.json says bfloat16")
+    refused(folder, rf"{Q0} stored as int8 where config.json says bfloat16")
 
 
 @pytest.mark.parametrize("sharded", [False, True])

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 
 from qwen_jax import LLM, QwenJaxError, SamplingParams
+from qwen_jax.cache import KVCache
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.attention.api import attend
+from qwen_jax.kernels.quantised import expand, quantise
 from qwen_jax.rope import Rotary
 from qwen_jax.sharding import AXES
 from qwen_jax.sparsity.attention import SparsePrefill, attend_prompts
@@ -100,7 +102,9 @@ def test_bands_within_a_wide_budget_are_dense_attention_and_within_a_narrow_one_
 
     @jax.jit
     def run(layer: jax.Array, sparse: SparsePrefill) -> tuple[jax.Array, jax.Array]:
-        got, want = (attend_prompts(q, k, v, rule, layer=layer, **call)[0] for rule in (sparse, None))
+        got, want = (
+            attend_prompts(q, KVCache(k, v), rule, layer=layer, **call)[0] for rule in (sparse, None)
+        )
         return got, want
 
     wide, dense = run(jnp.int32(0), sparse)
@@ -108,6 +112,25 @@ def test_bands_within_a_wide_budget_are_dense_attention_and_within_a_narrow_one_
     narrow, dense = run(jnp.int32(1), sparse)
     assert np.abs(narrow - dense).max() > 1e-3
     assert np.isfinite(narrow).all()
+
+
+def test_an_8_bit_cache_is_read_as_what_its_numbers_say() -> None:
+    """Lines are chosen, and attended, of one expanded layer; the budgets remain those of the layer itself."""
+    rng = np.random.default_rng(2)
+    q = jnp.asarray(rng.standard_normal((1, 64, 4, 16)), jnp.float32)
+    (k, k_scale), (v, v_scale) = (
+        quantise(jnp.asarray(rng.standard_normal((2, 1, 2, 512, 16)), jnp.float32), jnp.int8)
+        for _ in range(2)
+    )
+    exact = KVCache(expand(k, k_scale, jnp.float32), expand(v, v_scale, jnp.float32))
+    call = {
+        "layer": jnp.int32(1), "q_start": jnp.int32(448), "prompt_len_B": jnp.array([512]), "rotary": Rotary(1e4, 16, 512),
+        "scale_B": jnp.full(1, 0.3),
+    }  # fmt: skip
+    sparse = SparsePrefill(LineBudgets.of([[ALL] * 4, [FEW] * 4]), THRESHOLD, 64)
+    got, want = (attend_prompts(q, c, sparse, **call)[0] for c in (KVCache(k, v, k_scale, v_scale), exact))
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    assert np.abs(want - attend_prompts(q, exact, None, **call)[0]).max() > 1e-3  # few lines, not all
 
 
 def test_a_row_of_a_mixed_batch_is_what_it_is_alone() -> None:
@@ -123,7 +146,9 @@ def test_a_row_of_a_mixed_batch_is_what_it_is_alone() -> None:
     }  # fmt: skip
     mixed, alone = (
         jax.jit(
-            lambda q, k, v, sparse=sparse: attend_prompts(q, k, v, sparse, prompt_len_B=lengths, **call)[0]
+            lambda q, k, v, sparse=sparse: attend_prompts(
+                q, KVCache(k, v), sparse, prompt_len_B=lengths, **call
+            )[0]
         )(q, k, v)
         for sparse in (SparsePrefill(budgets, THRESHOLD, 64), None)
     )
@@ -131,9 +156,9 @@ def test_a_row_of_a_mixed_batch_is_what_it_is_alone() -> None:
     assert np.abs(mixed[1] - alone[1]).max() > 1e-3
     without_layer = call | {"layer": jnp.int32(1)}
     other, forgetful = (
-        attend_prompts(q, *kv, SparsePrefill(budgets, THRESHOLD, 64), prompt_len_B=lengths, **without_layer)[
-            0
-        ]
+        attend_prompts(
+            q, KVCache(*kv), SparsePrefill(budgets, THRESHOLD, 64), prompt_len_B=lengths, **without_layer
+        )[0]
         for kv in ((k, v), (x.at[:, 1, :, :start].set(7.0) for x in (k, v)))
     )
     np.testing.assert_array_equal(other[1], forgetful[1])  # this layer's budgets are of no line
