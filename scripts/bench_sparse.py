@@ -202,7 +202,7 @@ def budgets(place: Place, density: jax.Array, columns: jax.Array, diagonals: jax
         low, high = bounds
         middle = (low + high) / 2
         lines = choose(columns, diagonals, (middle * share_N).astype(jnp.int32))
-        enough = cost_aware.computed_pairs(*lines, piece).sum() >= density * N * place.causal
+        enough = cost_aware.computed_pairs(*lines, piece).sum() >= density * float(N * place.causal)
         return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
 
     high = lax.fori_loop(0, 12, halve, (jnp.float32(0), jnp.float32(1)))[1]
