@@ -6,6 +6,8 @@ import math
 
 import jax
 
+from qwen_jax.kernels.blocks import Blocks
+
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
 MASKED = -1e30  # score of a key that is not seen: finite, so that differences of two are
@@ -25,6 +27,14 @@ _GENERATIONS = {
     "TPU7x": "tpu7x",
     "TPU v7x": "tpu7x",
 }
+
+
+def positions(slot: jax.Array, blocks: Blocks | None, rank: jax.Array) -> jax.Array:
+    """`Blocks.position` for a kernel: without divisions, which TPUs lack; slots are positions where there are no blocks."""
+    if blocks is None:
+        return slot
+    shift = blocks.size.bit_length() - 1
+    return (slot >> shift) * blocks.round + rank * blocks.size + (slot & (blocks.size - 1))
 
 
 def target() -> str:

@@ -133,7 +133,7 @@ def prefill_schedule(generation: str, tiling: Tiling, head_dim: int = 128) -> Sc
     problem = Problem(3, 1, N, 1, -(-T // tiling.block_q), tiling.block_q, K, S, head_dim)
     cache = jax.ShapeDtypeStruct((1, 1, K, S, head_dim), jnp.bfloat16)
     q = jax.ShapeDtypeStruct((3, 1, N, problem.tiles * problem.rows, head_dim), jnp.bfloat16)
-    integers = jax.ShapeDtypeStruct((4,), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    integers = (jax.ShapeDtypeStruct((n,), jnp.int32) for n in (5, 1, 2 * problem.tiles))
     kernel = prefill(problem, tiling, jnp.bfloat16)
     return schedule_of(
         "prefill_attention", tpu_topology.SMALLEST[generation], kernel, *integers, q, cache, cache
@@ -184,9 +184,8 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for generation in parser.parse_args().generations:
         print(line(f"{generation}, splash", splash_schedule(generation), 1, 1), flush=True)
-        kind = tpu_topology.devices(tpu_topology.SMALLEST[generation])[0].device_kind
         for head_dim in (128, 64):
-            tiling = tiling_for(1 << 20, head_dim, 253_952, kind)
+            tiling = tiling_for(1 << 20, 253_952)
             tiles = tiling.block_q * tiling.block_kv / _TILE
             sizes = f"{tiling.block_q} x {tiling.block_kv}, {tiling.block_compute}"
             title = f"{generation}, ours, head {head_dim}, {sizes}"

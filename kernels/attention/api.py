@@ -15,7 +15,7 @@ from qwen_jax.rope import Rotary
 
 BACKENDS: dict[str, Backend] = {
     "mosaic_gpu": on_gpu("qwen_jax.kernels.attention.mosaic_gpu", "attend"),
-    "mosaic_tpu": alone(on_tpu("qwen_jax.kernels.attention.mosaic_tpu", "attend")),
+    "mosaic_tpu": on_tpu("qwen_jax.kernels.attention.mosaic_tpu", "attend"),
     "cudnn": alone(on_gpu("qwen_jax.kernels.attention.cudnn", "attend")),
     "xla": reference.attend,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from qwen_jax.kernels.attention.backward import with_reference_backward
 from qwen_jax.kernels.attention.tpu import Problem, Tiling, prefill
 from qwen_jax.kernels.attention.tpu_specs import tiling_for
+from qwen_jax.kernels.blocks import EVERYTHING, Share
 from qwen_jax.kernels.tpu import LANES, LOG2E, SUBLANES_BF16, why_not_tpu
 from qwen_jax.rope import Rotary
 
@@ -24,16 +26,17 @@ def attend(
     kv_len_B: jax.Array,
     rotary: Rotary,
     scale_B: jax.Array,
+    share: Share | None = None,
     tiling: Tiling | None = None,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """See `kernels.attention.api.attend`. K and V must be finite up to the end of a key tile.
 
-    Differentiable in q, k, v and scale: the backward pass is the reference's. A head of 64 takes the memory of one of 128:
-    TPUs pad the last dimension of an array to 128.
+    Differentiable in q, k, v and scale without a share: the backward pass is the reference's. A head of 64 takes the memory
+    of one of 128: TPUs pad the last dimension of an array to 128.
 
     Args:
-        tiling: sizes of the kernel; None for the tuned ones.
+        tiling: sizes of the kernel; None for the default ones.
         interpret: parameters of jax's TPU interpreter, to run without a TPU.
 
     Raises:
@@ -43,16 +46,20 @@ def attend(
         raise NotImplementedError(reason)
     if reason := refusal(q_BTNH, k_LBKSH, v_LBKSH):
         raise NotImplementedError(reason)
-    tiling = tiling or tiling_for(k_LBKSH.shape[3], k_LBKSH.shape[4], rotary.chunk_len)
-    if rotary.chunk_len and rotary.chunk_len % tiling.block_kv:
+    blocks = share.blocks if share else None
+    chunk_slots = rotary.chunk_len and rotary.chunk_len // (blocks.count if blocks else 1)
+    tiling = tiling or tiling_for(k_LBKSH.shape[3], chunk_slots)
+    if chunk_slots and chunk_slots % tiling.block_kv:
         raise NotImplementedError(
-            f"chunk length {rotary.chunk_len} is not a multiple of the key tile {tiling.block_kv}"
+            f"a chunk of {chunk_slots} keys is not a multiple of the key tile {tiling.block_kv}"
         )
     integers = (
         jnp.asarray(layer, jnp.int32),
         jnp.asarray(q_start, jnp.int32),
         jnp.asarray(kv_len_B, jnp.int32),
     )
+    if share:
+        return _forward((rotary, tiling, interpret), q_BTNH, k_LBKSH, v_LBKSH, scale_B, integers, share)
     return _attend((rotary, tiling, interpret), q_BTNH, k_LBKSH, v_LBKSH, scale_B, integers)
 
 
@@ -80,18 +87,22 @@ def problem_of(q_BTNH: jax.Array, k_LBKSH: jax.Array, rotary: Rotary, tiling: Ti
     return Problem(len(rotary.stages), B, N // together, together, -(-T // tokens), tokens, K, S, H)
 
 
-@with_reference_backward
-def _attend(
+def _forward(
     static: tuple[Rotary, Tiling, Any],
     q_BTNH: jax.Array,
     k_LBKSH: jax.Array,
     v_LBKSH: jax.Array,
     scale_B: jax.Array,
     integers: tuple[jax.Array, jax.Array, jax.Array],
+    share: Share = EVERYTHING,
 ) -> tuple[jax.Array, jax.Array]:
     rotary, tiling, interpret = static
     layer, q_start, kv_len_B = integers
     (B, T, N, H), p = q_BTNH.shape, problem_of(q_BTNH, k_LBKSH, rotary, tiling)
+    p = p if share is EVERYTHING else dataclasses.replace(p, blocks=share.blocks)
+    stages = (share.below(x) // tiling.block_kv for x in rotary.stage_starts(q_start))
+    where = jnp.stack([layer, q_start, *stages, jnp.asarray(share.rank, jnp.int32)])
+    walks_BC2 = _walks(q_start, kv_len_B, p, tiling, share)
     tile = (p.tiles, p.tokens)
     q_PBTNH = _rotations(q_BTNH, q_start, scale_B.astype(jnp.float32) * LOG2E, rotary)
     q_PBTNH = jnp.pad(q_PBTNH, ((0, 0), (0, 0), (0, p.tiles * p.tokens - T), (0, 0), (0, 0)))
@@ -99,12 +110,28 @@ def _attend(
         p.versions, B, p.bundles, -1, H
     )
     out_BXRH, lse_BX1R = prefill(p, tiling, q_BTNH.dtype, interpret)(
-        jnp.stack([layer, q_start, *rotary.stage_starts(q_start)]), kv_len_B, q_PBXRH, k_LBKSH, v_LBKSH
+        where, kv_len_B, walks_BC2.reshape(-1), q_PBXRH, k_LBKSH, v_LBKSH
     )
     heads = (B, p.bundles, p.tiles, p.together, p.tokens)
     out = jnp.einsum("BXCGTH->BCTXGH", out_BXRH.reshape(*heads, H)).reshape(B, -1, N, H)
     lse = jnp.einsum("BXCGT->BCTXG", lse_BX1R.reshape(heads)).reshape(B, -1, N)
     return out[:, :T], lse[:, :T]
+
+
+_attend = with_reference_backward(_forward)
+
+
+def _walks(
+    q_start: jax.Array, kv_len_B: jax.Array, problem: Problem, tiling: Tiling, share: Share
+) -> jax.Array:
+    """int32[B, tiles, 2]: key tiles that a query tile walks, and how many of them its first query sees whole."""
+    first_C = q_start + jnp.arange(problem.tiles, dtype=jnp.int32) * problem.tokens
+
+    def slots(end_C: jax.Array) -> jax.Array:
+        return jnp.minimum(share.below(jnp.minimum(end_C, kv_len_B[:, None])), problem.capacity)
+
+    walked_BC = -(-slots(first_C + problem.tokens) // tiling.block_kv)
+    return jnp.stack([walked_BC, slots(first_C + 1) // tiling.block_kv], axis=-1)
 
 
 def _rotations(q_BTNH: jax.Array, q_start: jax.Array, factor_B: jax.Array, rotary: Rotary) -> jax.Array:

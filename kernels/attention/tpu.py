@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
-from qwen_jax.kernels.tpu import SUBLANES_BF16
+from qwen_jax.kernels.blocks import Blocks
+from qwen_jax.kernels.tpu import SUBLANES_BF16, positions
 from qwen_jax.kernels.tpu_walk import Scratch, Walk, WalkShape
 
 _VMEM_LIMIT = 48 * 2**20
@@ -41,7 +42,8 @@ class Tiling:
 class Problem:
     """The shapes of a call, with queries laid out in bundles: `bundles` of `together` query heads of one KV head each.
 
-    A bundle's rows come tile by tile; a tile is `tokens` positions of one head after another.
+    A bundle's rows come tile by tile; a tile is `tokens` positions of one head after another. capacity: slots of the cache.
+    blocks: which positions the slots hold; None: all, in order.
     """
 
     versions: int
@@ -53,6 +55,7 @@ class Problem:
     kv_heads: int
     capacity: int
     head_dim: int
+    blocks: Blocks | None = None
 
     @property
     def rows(self) -> int:
@@ -63,9 +66,10 @@ class Problem:
 def prefill(
     problem: Problem, tiling: Tiling, dtype: Any, interpret: Any = None
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """The kernel of these shapes: (where, kv_len, q, k, v) -> (out, lse [B, X, 1, R]).
+    """The kernel of these shapes: (where, kv_len, walks, q, k, v) -> (out, lse [B, X, 1, R]).
 
-    where: int32[4], (layer, q_start, first SUCC key, first INTRA key). kv_len: int32[B]. q: [versions, B, X bundles,
+    where: int32[5], (layer, q_start, first tile of SUCC keys, of INTRA keys, rank among the blocks). kv_len: int32[B].
+    walks: int32[B * tiles * 2], (key tiles, those that all rows see whole) of every query tile. q: [versions, B, X bundles,
     R rows, H], versions in key order, scaled so that q . k is a base-2 exponent; out: the same without versions.
     k, v: [L, B, K, S, H]. lse is natural.
     """
@@ -74,14 +78,14 @@ def prefill(
     shape = WalkShape(R, block_kv, tiling.block_compute, H)
 
     def kernel(
-        where_ref: Any, kv_len_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, out_ref: Any, lse_ref: Any, *scratch: Any
+        where_ref: Any, kv_len_ref: Any, walks_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, out_ref: Any,
+        lse_ref: Any, *scratch: Any,
     ) -> None:  # fmt: skip
-        b, x = pl.program_id(0), pl.program_id(1)
-        first = where_ref[1] + pl.program_id(2) * problem.tokens
-        kv_len = jnp.minimum(kv_len_ref[b], S)
-        succ, intra = lax.div(where_ref[2], block_kv), lax.div(where_ref[3], block_kv)
+        b, x, t = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+        first = where_ref[1] + t * problem.tokens
+        succ, intra, rank = where_ref[2], where_ref[3], where_ref[4]
         row = lax.broadcasted_iota(jnp.int32, (1, R), 1)
-        last_seen = jnp.minimum(first + lax.rem(row, problem.tokens), kv_len - 1)
+        last_seen = jnp.minimum(first + lax.rem(row, problem.tokens), kv_len_ref[b] - 1)
         at = where_ref[0], b, lax.div(x, problem.bundles // problem.kv_heads)
 
         def start(n: jax.Array) -> jax.Array:
@@ -98,22 +102,22 @@ def prefill(
             return q_ref[jnp.where(n < succ, 0, jnp.where(n < intra, 1, 2)), 0, 0]
 
         def visible(n: jax.Array, begin: int) -> jax.Array:
-            key = lax.broadcasted_iota(jnp.int32, (tiling.block_compute, R), 0)
-            seen = key <= last_seen - (start(n) + begin)
+            slot = lax.broadcasted_iota(jnp.int32, (tiling.block_compute, R), 0) + (start(n) + begin)
+            seen = positions(slot, problem.blocks, rank) <= last_seen
             if S % block_kv:
-                seen &= key >= n * block_kv - (start(n) + begin)
+                seen &= slot >= n * block_kv
             return seen
 
         walk = Walk(shape, Scratch(*scratch), copy, queries, visible)
-        seen = jnp.minimum(first + problem.tokens, kv_len)
-        walk(lax.div(seen + (block_kv - 1), block_kv), lax.div(jnp.minimum(first + 1, kv_len), block_kv))
+        at_walk = 2 * (b * problem.tiles + t)
+        walk(walks_ref[at_walk], walks_ref[at_walk + 1])
         out_ref[0, 0] = walk.normalised().astype(dtype)
         lse_ref[0, 0] = walk.natural_lse()
 
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=3,
             grid=(B, X, problem.tiles),
             in_specs=[
                 pl.BlockSpec((problem.versions, 1, 1, R, H), lambda b, x, t, *_: (0, b, x, t, 0)),

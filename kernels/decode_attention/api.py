@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import jax
 
-from qwen_jax.kernels.backends import Backend, alone, dispatch, given, on_gpu, on_tpu
+from qwen_jax.kernels.backends import Backend, dispatch, given, on_gpu, on_tpu
 from qwen_jax.kernels.blocks import Share
 from qwen_jax.kernels.decode_attention import reference
 from qwen_jax.rope import Rotary
 
 BACKENDS: dict[str, Backend] = {
     "mosaic_gpu": on_gpu("qwen_jax.kernels.decode_attention.mosaic_gpu", "decode_attend"),
-    "mosaic_tpu": alone(on_tpu("qwen_jax.kernels.decode_attention.mosaic_tpu", "decode_attend")),
+    "mosaic_tpu": on_tpu("qwen_jax.kernels.decode_attention.mosaic_tpu", "decode_attend"),
     "xla": reference.decode_attend,
 }
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.kernels import quantised
+from qwen_jax.kernels.blocks import EVERYTHING, Share
 from qwen_jax.kernels.decode_attention.tpu import QUERY_ROWS, Problem, decode
 from qwen_jax.kernels.merge import merge
 from qwen_jax.kernels.tpu import LANES, LOG2E, SUBLANES_BF16, generation, target, why_not_tpu
@@ -29,6 +30,7 @@ def decode_attend(
     scale_B: jax.Array,
     k_scale_LBKS: jax.Array | None = None,
     v_scale_LBKS: jax.Array | None = None,
+    share: Share | None = None,
     block_kv: int | None = None,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -58,10 +60,19 @@ def decode_attend(
         original=rotary.dca.original_max_position_embeddings if rotary.dca else 0,
         cache=str(k_LBKSH.dtype),
         shares=_CORES.get(generation(target()) or "", 1),
+        blocks=share.blocks if share else None,
     )
-    block_kv = block_kv or tile_for(problem, rotary.chunk_len)
+    share = share or EVERYTHING
+    chunk_slots = rotary.chunk_len and rotary.chunk_len // share.blocks.count
+    block_kv = block_kv or tile_for(problem, chunk_slots)
+    if chunk_slots and chunk_slots % block_kv:
+        raise NotImplementedError(
+            f"a chunk of {chunk_slots} keys is not a multiple of the key tile {block_kv}"
+        )
     position_B, prompt_len_B = (jnp.asarray(x, jnp.int32) for x in (position_B, prompt_len_B))
     query_B = jnp.maximum(position_B, 0)
+    stages = (share.below(x) // block_kv for x in rotary.stage_starts(query_B))
+    tiles_B = -(-jnp.minimum(share.below(position_B + 1), S) // block_kv)
     warmth_B = temperature(prompt_len_B, problem.original)
     factor_B = scale_B.astype(jnp.float32) * LOG2E * warmth_B
     q_B1NH = q_BNH.astype(jnp.float32)[:, None] * factor_B[:, None, None, None]
@@ -75,8 +86,8 @@ def decode_attend(
         ((0, 0), (0, 0), (0, 0), (0, problem.rows - G), (0, 0)),
     )
     out_BCKRH, lse = decode(problem, block_kv, q_BNH.dtype, interpret)(
-        jnp.asarray(layer, jnp.int32).reshape(1),
-        jnp.stack([position_B, prompt_len_B, *rotary.stage_starts(query_B)], axis=1).reshape(-1),
+        jnp.stack([jnp.asarray(layer, jnp.int32), jnp.asarray(share.rank, jnp.int32)]),
+        jnp.stack([position_B, prompt_len_B, *stages, tiles_B], axis=1).reshape(-1),
         warmth_B,
         q_BPKRH,
         k_LBKSH,
@@ -113,7 +124,7 @@ def refusal(
 
 
 def tile_for(problem: Problem, chunk_len: int | None) -> int:
-    """Keys a tile: a power of two of about 1 MiB that divides the chunk length s and fits the cache.
+    """Keys a tile: a power of two of about 1 MiB that divides a chunk's keys in this cache and fits it.
 
     Raises:
         NotImplementedError: there is none.

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
-from qwen_jax.kernels.tpu import LANES, LN2, MASKED, NOTHING_YET, SUBLANES_BF16
+from qwen_jax.kernels.blocks import Blocks
+from qwen_jax.kernels.tpu import LANES, LN2, MASKED, NOTHING_YET, SUBLANES_BF16, positions
 
 QUERY_ROWS = 16  # rows of a bfloat16 tile; the query heads of a KV head are padded to a multiple
 _SLOTS = 2
@@ -28,7 +29,8 @@ class Problem:
     """The shapes of a call; versions = rotations of the queries: 3 with dual chunk attention, else 1.
 
     rows: query heads a KV head, padded. original: tokens from which on generated keys have a temperature, 0 for none.
-    shares: parts of the keys that may run side by side, on the cores of one device.
+    shares: parts of the keys that may run side by side, on the cores of one device. capacity: slots of the cache. blocks:
+    which positions the slots hold; None: all, in order.
     """
 
     versions: int
@@ -40,6 +42,7 @@ class Problem:
     original: int
     cache: str
     shares: int
+    blocks: Blocks | None = None
 
     @property
     def quantised(self) -> bool:
@@ -50,26 +53,25 @@ class Problem:
 def decode(
     problem: Problem, block_kv: int, dtype: Any, interpret: Any = None
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """The kernel of these shapes: (layer, rows, warmth, q, k, v[, k_scale, v_scale]) -> (out, lse), one part a share.
+    """The kernel of these shapes: (where, rows, warmth, q, k, v[, k_scale, v_scale]) -> (out, lse), one part a share.
 
-    layer: int32[1]. rows: int32[4 * B], (position, prompt length, first SUCC key, first INTRA key) of every row. warmth:
-    float32[B], the temperature of prompt keys, which the queries hold already. q: [B, versions, K, R, H], versions in key
-    order, scaled so that q . k is a base-2 exponent. k, v: [L, B, K, S, H]; scales float32 [L, B, K, S]. out: float32
-    [B, shares, K, R, H], each part normalised; lse: float32 [B, shares, K, R, 128], natural, the same in all lanes.
+    where: int32[2], (layer, rank among the blocks). rows: int32[5 * B], of every row (position, prompt length, first tile of
+    SUCC keys, of INTRA keys, tiles that hold keys it sees). warmth: float32[B], the temperature of prompt keys, which the
+    queries hold already. q: [B, versions, K, R, H], versions in key order, scaled so that q . k is a base-2 exponent.
+    k, v: [L, B, K, S, H]; scales float32 [L, B, K, S]. out: float32 [B, shares, K, R, H], each part normalised; lse: float32
+    [B, shares, K, R, 128], natural, the same in all lanes.
     """
     B, K, R, H, S = problem.batch, problem.kv_heads, problem.rows, problem.head_dim, problem.capacity
     aligned = LANES if problem.quantised else SUBLANES_BF16  # factors are copied along lanes
 
     def kernel(
-        layer_ref: Any, rows_ref: Any, warmth_ref: Any, q_ref: Any, *refs: Any
+        where_ref: Any, rows_ref: Any, warmth_ref: Any, q_ref: Any, *refs: Any
     ) -> None:  # fmt: skip
         sources = refs[: 4 if problem.quantised else 2]
         out_ref, lse_ref = refs[len(sources) : len(sources) + 2]
         buffers, (acc, peak, total, arrived) = refs[len(sources) + 2 : -4], refs[-4:]
         b, share = pl.program_id(0), pl.program_id(1)
-        position, prompt, succ, intra = (rows_ref[4 * b + n] for n in range(4))
-        succ, intra = lax.div(succ, block_kv), lax.div(intra, block_kv)
-        tiles = lax.div(jnp.minimum(position + 1, S) + (block_kv - 1), block_kv)
+        position, prompt, succ, intra, tiles = (rows_ref[5 * b + n] for n in range(5))
         # Shares take turns: share c has tiles c, c + shares, ...
         visits = lax.div(tiles - share + (problem.shares - 1), problem.shares)
 
@@ -82,7 +84,7 @@ def decode(
             keys = pl.ds(start(visit * problem.shares + share), block_kv)
             return [
                 pltpu.make_async_copy(
-                    source.at[layer_ref[0], b, :, keys], buffer.at[slot], arrived.at[slot, n]
+                    source.at[where_ref[0], b, :, keys], buffer.at[slot], arrived.at[slot, n]
                 )
                 for n, (source, buffer) in enumerate(zip(sources, buffers, strict=True))
             ]
@@ -105,8 +107,9 @@ def decode(
             for copy in copies(m):
                 copy.wait()
             n = m * problem.shares + share
-            j_1S = lax.broadcasted_iota(jnp.int32, (1, block_kv), 1) + start(n)
-            seen_1S = (j_1S <= position) & (j_1S >= n * block_kv)
+            slot_1S = lax.broadcasted_iota(jnp.int32, (1, block_kv), 1) + start(n)
+            j_1S = positions(slot_1S, problem.blocks, where_ref[1])
+            seen_1S = (j_1S <= position) & (slot_1S >= n * block_kv)
             warmth_1S = _warmth(j_1S, prompt, warmth_ref[b], problem.original)
             version = 0 if problem.versions == 1 else jnp.where(n < succ, 0, jnp.where(n < intra, 1, 2))
             for k in range(K):

@@ -8,12 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from qwen_jax.config import DualChunk
 from qwen_jax.context import capacity_for
 from qwen_jax.kernels.attention import api, mosaic_tpu, tpu_specs
 from qwen_jax.kernels.attention.tpu import Tiling
+from qwen_jax.kernels.blocks import Blocks, Share
 from qwen_jax.rope import Rotary
 from scripts import tpu_topology
 from tests.kernels.attention.suite import AttentionSuite, Case
@@ -64,6 +66,25 @@ def test_heads_that_share_keys_walk_them_together(interpreted: Interpreted) -> N
     mosaic = functools.partial(mosaic_tpu.attend, interpret=INTERPRETER, tiling=Tiling(1024, 128, 64))
     api.BACKENDS["mosaic_tpu"] = mosaic
     interpreted.check(Case(37, 19, (56,), 7, 1), None)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_positions_that_are_dealt_to_two_devices(interpreted: Interpreted, rank: int) -> None:
+    rng = np.random.default_rng(rank)
+    q, k, v = (
+        interpreted.random(rng, shape) for shape in ((1, 32, 2, 64), (2, 1, 1, 256, 64), (2, 1, 1, 256, 64))
+    )
+    call = functools.partial(
+        api.attend, q, k, v, layer=1, q_start=290, kv_len_B=jnp.array([320]), scale_B=jnp.full(1, 0.2),
+        rotary=Rotary(1e4, 64, 4096, dca=DualChunk(160, 32)), share=Share(Blocks(32, 2), rank),
+    )  # fmt: skip
+    api.BACKENDS["mosaic_tpu"] = functools.partial(
+        mosaic_tpu.attend, interpret=INTERPRETER, tiling=Tiling(128, 64, 32)
+    )
+    (out, lse), (want, want_lse) = (call(backend=name) for name in ("mosaic_tpu", "xla"))
+    difference = np.asarray(out, np.float32) - np.asarray(want, np.float32)
+    assert np.linalg.norm(difference) <= 1e-2 * np.linalg.norm(np.asarray(want, np.float32))
+    np.testing.assert_allclose(lse, want_lse, atol=2e-2)
 
 
 needs_compiler = pytest.mark.skipif(
@@ -144,7 +165,7 @@ def test_refuses_on_a_cpu_and_says_so() -> None:
 def test_sizes_give_tiles_that_divide_the_chunk_and_fit_the_cache() -> None:
     for chunk_len in (None, 64, 96, 1024, 253_952):
         for capacity in (64, 144, 4096):
-            tiling = tpu_specs.tiling_for(capacity, 128, chunk_len, "a device nobody tuned")
+            tiling = tpu_specs.tiling_for(capacity, chunk_len)
             assert not chunk_len or chunk_len % tiling.block_kv == 0
             assert tiling.block_kv <= capacity
             assert tiling.block_kv // tiling.block_compute % 2 == 0

@@ -13,6 +13,7 @@ import pytest
 
 from qwen_jax.config import DualChunk
 from qwen_jax.context import capacity_for
+from qwen_jax.kernels.blocks import Blocks, Share
 from qwen_jax.kernels.decode_attention import api, mosaic_tpu, reference
 from qwen_jax.kernels.decode_attention.tpu import Problem
 from qwen_jax.kernels.quantised import quantise
@@ -57,10 +58,12 @@ def test_the_end_of_a_cache_and_keys_shared_by_two_cores(
     interpreted.check([527, 3], [500, 1], None, heads=(7, 1))
 
 
-@pytest.mark.parametrize("cache", [jnp.int8, jnp.float8_e4m3fn])
-def test_8_bit_cache(interpreted: Interpreted, cache: Any) -> None:
+@pytest.mark.parametrize(("cache", "share"), [(jnp.int8, None), (jnp.float8_e4m3fn, Share(Blocks(32, 2), 1))])
+def test_8_bit_cache_whole_and_dealt_to_two_devices(
+    interpreted: Interpreted, cache: Any, share: Share | None
+) -> None:
     rng = np.random.default_rng(0)
-    (N, K, H), S, positions = (4, 2, 64), 256, [130, 255]
+    (N, K, H), S, positions = (4, 2, 64), 256, [130, 500 if share else 255]
     B = len(positions)
     q = interpreted.random(rng, (B, N, H))
     (k, k_scale), (v, v_scale) = (quantise(interpreted.random(rng, (2, B, K, S, H)), cache) for _ in range(2))
@@ -68,9 +71,9 @@ def test_8_bit_cache(interpreted: Interpreted, cache: Any) -> None:
         jax.jit(lambda q, *x, attend, **kw: attend(q, *x, rotary=rotary, **kw), static_argnames="attend"),
         q, k, v,
         layer=jnp.int32(1), position_B=jnp.array(positions), prompt_len_B=jnp.array([100, 200]),
-        scale_B=jnp.full(B, 0.2), k_scale_LBKS=k_scale, v_scale_LBKS=v_scale,
+        scale_B=jnp.full(B, 0.2), k_scale_LBKS=k_scale, v_scale_LBKS=v_scale, **({"share": share} if share else {}),
     )  # fmt: skip
-    rotary = Rotary(1e4, H, 4096, dca=interpreted.dca(interpreted.unit))
+    rotary = Rotary(1e4, H, 4096, dca=DualChunk(320, 64, 64))
     out, lse = call(attend=api.BACKENDS["mosaic_tpu"])
     want, want_lse = call(attend=reference.decode_attend)
     difference = np.asarray(out, np.float32) - np.asarray(want, np.float32)

@@ -1,0 +1,22 @@
+"""One whole program through the TPU's compiler; `scripts/aot_report.py` compiles the others."""
+
+from __future__ import annotations
+
+import pytest
+
+from qwen_jax.devices import parse_devices
+from scripts import aot_report, tpu_topology
+
+
+@pytest.mark.skipif(tpu_topology.why_no_compiler() is not None, reason=tpu_topology.why_no_compiler() or "")
+def test_a_decode_step_of_7b_at_a_million_tokens_fits_four_v5p_as_the_plan_says() -> None:
+    job = aot_report.Job("7B", "v5p:2x2x1")
+    program = job.decode_step()
+    assert job.axes == "tensor=4"
+    assert program.kernels == 1  # the layers are scanned, and attention runs in the kernel on every device
+    assert program.temporaries < 0.01 * job.plan.kv_bytes  # no copy of the cache
+    assert program.total == pytest.approx(job.plan.weight_bytes + job.plan.kv_bytes, rel=0.1)
+    assert program.total < parse_devices("v5p:2x2x1").kind.memory
+    counts, size = program.collectives()
+    assert counts["all-reduce"] <= 4
+    assert size < 2**20  # a decode step exchanges activations of one token
