@@ -26,7 +26,8 @@ from structured_model import SINKS, structured_model
 from trace_parts import traced
 
 from qwen_jax.attention import prefill_layer
-from qwen_jax.cache import KVCache, init_cache
+from qwen_jax.balance import balanced
+from qwen_jax.cache import KVCache, init_cache, is_8_bit, read_layer
 from qwen_jax.config import ModelConfig
 from qwen_jax.context import capacity_for
 from qwen_jax.decode import BLOCK, Request, decode_block, first_token
@@ -34,7 +35,6 @@ from qwen_jax.kernels.line_scores.api import line_scores
 from qwen_jax.kernels.sparse_attention.bands import BAND, tile_distances
 from qwen_jax.model import Qwen2
 from qwen_jax.prefill import Piece, Prefiller, default_chunk
-from qwen_jax.rope import Rotary, temperature
 from qwen_jax.sampling import SamplingControls, SamplingParams, row_keys, seen_tokens
 from qwen_jax.sparsity.attention import SparsePrefill
 from qwen_jax.sparsity.budgets import Budget, LineBudgets
@@ -47,6 +47,7 @@ SHAPES = {
     "14b": {"hidden_size": 5120, "intermediate_size": 13_824, "num_hidden_layers": 48, "num_attention_heads": 40,
             "num_key_value_heads": 8},
 }  # fmt: skip
+KV_DTYPES = {"bf16": jnp.bfloat16, "int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 VERTICAL = 1000  # columns a head keeps, as most entries of the published files have it
 
 
@@ -96,7 +97,7 @@ def probe_piece(
     model: Qwen2 = nnx.merge(graph, params)
     c = model.config
     T, S = tokens_BT.shape[1], cache.capacity
-    scale_B = score_scale(c, length_B)
+    scale_B = model.score_scale(length_B, length_B)
     rows_R = jnp.stack([jnp.int32(0), last])
     M = tile_distances(S)
     row_LRNH = jnp.zeros((2, 2, c.num_heads, c.head_dim), model.embed.weight[...].dtype)
@@ -119,10 +120,11 @@ def probe_piece(
         pairs_L = kept.pairs_L
         if sparse is not None:
             end_B = jnp.minimum(start + T, length_B)
+            k_LBKSH, _, at = read_layer(cache, layer, q_BTNH.dtype)
             scores = line_scores(
                 q_BTNH,
-                cache.k,
-                layer=layer,
+                k_LBKSH,
+                layer=at,
                 q_start=start,
                 kv_len_B=length_B,
                 rotary=model.rotary,
@@ -144,13 +146,6 @@ def probe_piece(
     positions_BT = jnp.broadcast_to(start + jnp.arange(T, dtype=jnp.int32), tokens_BT.shape)
     _, (cache, kept) = model.run_layers(model.embed(tokens_BT), positions_BT, (cache, kept), attend)
     return kept, cache
-
-
-def score_scale(config: ModelConfig, length_B: jax.Array) -> jax.Array:
-    """float32[B]: 1 / sqrt(H) and the temperature of queries and of keys."""
-    dca = config.dual_chunk
-    m_B = temperature(length_B, dca.original_max_position_embeddings if dca else 0)
-    return config.head_dim**-0.5 * m_B * m_B
 
 
 def timed_prefill(
@@ -237,20 +232,23 @@ def computed_keys(columns_NS: jax.Array, bands_NM: jax.Array, i_R: jax.Array, ca
 
 
 def worst_error(
-    config: ModelConfig,
-    rotary: Rotary,
+    model: Qwen2,
     cache: KVCache,
     probed: list[tuple[Piece, Kept]],
     tokens: int,
     sparse: bool,
 ) -> float:
-    """Largest relative error of attention in the first and last row of the probed pieces, in the first and the last layer."""
-    scale = float(score_scale(config, jnp.array([tokens]))[0])
+    """Largest relative error of attention in the first and last row of the probed pieces, in the first and the last layer.
+
+    Against float32 from what the cache holds: an 8-bit cache is expanded.
+    """
+    scale = float(model.score_scale(*[jnp.array([tokens])] * 2)[0])
     worst = 0.0
     for piece, kept in probed:
         i_R = np.array([piece.start, piece.start + piece.length - 1])
-        for at, layer in enumerate((0, config.num_layers - 1)):
-            k_KSH, v_KSH = cache.k[layer, 0], cache.v[layer, 0]
+        for at, layer in enumerate((0, model.config.num_layers - 1)):
+            k_LBKSH, v_LBKSH, index = read_layer(cache, jnp.int32(layer), jnp.float32)
+            k_KSH, v_KSH = k_LBKSH[index, 0], v_LBKSH[index, 0]
             keep_RNS = None
             if sparse:
                 keep_RNS = computed_keys(
@@ -262,7 +260,7 @@ def worst_error(
                 k_KSH,
                 v_KSH,
                 kv_len=tokens,
-                rotary=rotary,
+                rotary=model.rotary,
                 scale=scale,
                 keep_RNS=keep_RNS,
             )
@@ -336,15 +334,19 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1_010_000)
     parser.add_argument("--density", type=float, help="of a sparse run; without it attention is dense")
     parser.add_argument("--slash", type=int, help="slash budget that is known to give the density")
+    parser.add_argument("--kv-dtype", choices=sorted(KV_DTYPES), default="bf16")
     parser.add_argument("--trace", action="store_true", help="trace two pieces: seconds by part")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     config = config_of(args.model, args.layers)
     begin = time.perf_counter()
     model = structured_model(config, farthest=min(200_000, args.tokens // 3))
+    kv_dtype = KV_DTYPES[args.kv_dtype]
+    if is_8_bit(kv_dtype):
+        model = balanced(model)  # as LLM does
     graph, params = nnx.split(model)
     capacity = capacity_for(args.tokens + 5 * BLOCK, config.max_position_embeddings + 5 * BLOCK)
-    cache = jax.block_until_ready(init_cache(config, 1, capacity, jnp.bfloat16))
+    cache = jax.block_until_ready(init_cache(config, 1, capacity, kv_dtype))
     weights, cached = (sum(x.nbytes for x in jax.tree.leaves(tree)) for tree in (params, cache))
     print(f"weights and cache made in {time.perf_counter() - begin:.1f} s", flush=True)
     prefiller = Prefiller(graph, params, config, default_chunk(config))
@@ -365,7 +367,7 @@ def main() -> None:
     seconds, last_BD, cache = timed_prefill(prefiller, tokens_BT, cache)
     result: dict[str, Any] = {
         "command": "bench_prefill.py", "model": args.model, "layers": config.num_layers, "tokens": args.tokens,
-        "seconds": seconds, "weight_bytes": weights, "cache_bytes": cached,
+        "kv_dtype": args.kv_dtype, "seconds": seconds, "weight_bytes": weights, "cache_bytes": cached,
         "peak_beyond_weights_and_cache_bytes": peak_bytes() - weights - cached,
     }  # fmt: skip
     report(args.out, result)
@@ -392,9 +394,7 @@ def main() -> None:
         density_by_piece=by_piece,
         tflops=(linear + attention) / seconds / 1e12,
     )
-    error = worst_error(
-        config, model.rotary, cache, [p for p in probed if p[0] in checked], args.tokens, sparse is not None
-    )
+    error = worst_error(model, cache, [p for p in probed if p[0] in checked], args.tokens, sparse is not None)
     report(args.out, result, worst_row_error=error)
     if args.trace:
         pieces = plan[len(plan) // 2 :: len(plan) // 2 - 1]
