@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 from qwen_jax import LLM, QwenJaxError, SamplingParams, prefill
 from qwen_jax.build import build
-from qwen_jax.cache import KVCache, abstract_cache, cache_shardings, init_cache
+from qwen_jax.cache import abstract_cache, cache_shardings, init_cache
 from qwen_jax.context import Context
 from qwen_jax.model import Qwen2
 from qwen_jax.prefill import Prefiller
@@ -100,7 +100,7 @@ def test_a_cache_grows_where_it_lies() -> None:
     context = Context(empty, np.zeros(50, np.int32), spread)
     numbered = np.zeros(empty.k.shape, np.float32)
     numbered[:, :, :, context.slots()] = np.arange(50)[:, None]
-    context.cache = KVCache(*(jax.device_put(numbered, x.sharding) for x in empty))
+    context.cache = jax.tree.map(lambda x: jax.device_put(numbered, x.sharding), empty)
     context.reserve(100, 200)
     assert context.cache.capacity == 256
     np.testing.assert_array_equal(np.asarray(context.cache.v)[1, 0, 2, context.slots(), 3], np.arange(50))
@@ -113,7 +113,7 @@ def test_a_piece_moves_queries_and_never_the_cache() -> None:
     graph, params = nnx.split(model)
     assert model.spread is not None
     mesh, capacity, rows = model.spread.mesh, 1 << 17, 64
-    where = cache_shardings(mesh)
+    where = cache_shardings(mesh, jnp.float32)
     cache = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         abstract_cache(WIDE, 1, capacity, jnp.float32), where,
