@@ -97,7 +97,7 @@ class LLM:
         Several processes (`processes.join`) make the same LLM with one mesh over all their devices, and then the same calls.
 
         Raises:
-            QwenJaxError: whatever `load` refuses; a setting that is not built; max_len beyond the model's positions.
+            QwenJaxError: whatever `load` refuses; a setting outside its range; max_len beyond the model's positions.
         """
         check_name(sparsity)
         if batch_size < 1:

@@ -202,7 +202,7 @@ def _warnings(f: Footprint) -> tuple[str, ...]:
     if f.mesh[DATA] > f.batch:
         found.append(f"data={f.mesh[DATA]} is more than the {f.batch} rows: devices stay idle")
     if f.density < 1:
-        found.append("planned for, but not built yet: sparse prefill")
+        found.append("scoring and choosing the lines of a sparse prefill is not counted")
     return tuple(found)
 
 
