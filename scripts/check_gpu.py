@@ -389,9 +389,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--backends", default="mosaic_gpu,cudnn", help="comma separated")
     parser.add_argument(
-        "--only", default="", help="cases whose kind and name contain one of these, comma separated"
+        "--only",
+        default="",
+        help="cases whose kind and name contain one of these, comma separated; the kinds are prefill, sparse, lines, "
+        "cutoffs, decode and scratch (no copy of the cache)",
     )
     arguments = parser.parse_args()
+    wanted = arguments.only.split(",")
     failures = 0
     for kind, cases, backends, check, measures in (
         ("prefill", PREFILL_CASES, PREFILL, check_prefill, ("out", "lse")),
@@ -402,7 +406,7 @@ def main() -> int:
     ):
         for backend in arguments.backends.split(","):
             for name, case in cases.items() if backend in backends else ():
-                if not any(part in f"{kind} {name}" for part in arguments.only.split(",")):
+                if not any(part in f"{kind} {name}" for part in wanted):
                     continue
                 try:
                     *errors, rest_right = check(backend, case, arguments.seed)
@@ -414,7 +418,9 @@ def main() -> int:
                 verdict = "ok      " if good else "FAILED  "
                 found = " ".join(f"{name} {error:.1e}" for name, error in zip(measures, errors, strict=True))
                 print(f"{verdict} {kind:8} {backend:10} {name}: {found}", flush=True)
-    for kind, (scratch, layer) in scratch_bytes().items() if not arguments.only else ():
+    for kind, (scratch, layer) in (
+        scratch_bytes().items() if any(part in "scratch" for part in wanted) else ()
+    ):
         failures += scratch >= layer // 2
         print(f"{kind}: {scratch / 1e6:.1f} MB of scratch; one layer's keys take {layer / 1e6:.1f} MB")
     print(f"{failures} failures")
