@@ -159,20 +159,6 @@ class Ring:
         """A producer waits until the slot of tile n is free."""
         pl.when(n >= self.stages)(functools.partial(plgpu.barrier_wait, self.free.at[self.slot(n)]))
 
-    def convert(self, source: Ring, n: jax.Array) -> None:
-        """A warpgroup takes tile n of `source`, of 8-bit numbers, and hands it over in this ring's dtype."""
-        slot = source.slot(n)
-        source.wait(slot)
-        x = plgpu.load(source.tiles.at[slot], layout=plgpu.Layout.WGMMA_8BIT)
-        if x.dtype != jnp.int8:  # Hopper converts fp8 to float16 alone
-            x = x.astype(jnp.float16).astype(jnp.float32)
-        x = x.astype(self.tiles.dtype)
-        self.claim(n)
-        self.tiles[self.slot(n)] = x
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(self.full.at[self.slot(n)])
-        source.release(slot)
-
     def drain(self, n: jax.Array) -> None:
         """The producer warp waits until all n tiles have been read, so that no other block signals one that has ended."""
         for back in range(self.stages):

@@ -13,9 +13,10 @@ import numpy as np
 from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, nvvm, scf, vector
+from jaxlib.mlir.dialects import arith, llvm, nvvm, scf
 
 from qwen_jax.kernels.hopper import tiled
+from qwen_jax.kernels.hopper_threads import elements, pairs
 
 LAYOUT = plgpu.Layout.WGMMA
 ROW = LAYOUT.reduce(1)  # one value a query row
@@ -126,7 +127,7 @@ def exponentials(
                 lower = x - _wide(rise, x)
                 return [lower, m + rise, passes.select(constant(STALE), limit), l * _wide(alpha, l), alpha]
 
-            any_passes = functools.reduce(arith.ori, [_scalars(x)[0] for x in passes.registers.flat])
+            any_passes = functools.reduce(arith.ori, [elements(x)[0] for x in passes.registers.flat])
             lower, *rows, sums, alpha = _if_any(any_passes, moved, [x, m, limit, l, constant(1.0)])
             p = lower.exp2(approx=True)
             return [p, *rows, _add_up(sums, p), alpha]
@@ -136,11 +137,11 @@ def exponentials(
         p = less_maximum(s).exp2(approx=True)
         sums = _add_up(l, p)
         most = functools.reduce(
-            arith.maximumf, [x for register in sums.registers.flat for x in _scalars(register)]
+            arith.maximumf, [x for register in sums.registers.flat for x in elements(register)]
         )
         unsafe = arith.cmpf(arith.CmpFPredicate.OGT, most, mgpu.utils.c(HUGE, ir.F32Type.get()))
         for register in (limit < constant(0.0)).registers.flat:
-            unsafe = arith.ori(unsafe, _scalars(register)[0])
+            unsafe = arith.ori(unsafe, elements(register)[0])
         return tuple(
             _if_any(unsafe, lambda: exact(_multiply(refs[0], refs[1], s)), [p, m, limit, sums, constant(1.0)])
         )
@@ -159,7 +160,7 @@ def scale_rows(x: jax.Array, factor: jax.Array, interpret: bool) -> jax.Array:
         differs = [
             arith.cmpf(arith.CmpFPredicate.UNE, value, one)
             for register in factor.registers.flat
-            for value in _scalars(register)
+            for value in elements(register)
         ]
         return _if_any(functools.reduce(arith.ori, differs), lambda: [x * _wide(factor, x)], [x])[0]
 
@@ -177,14 +178,6 @@ def _wide(row: Any, x: Any) -> Any:
 def _array(registers: list[Any], like: Any) -> Any:
     shaped = np.array(registers, dtype=object).reshape(like.registers.shape)
     return mgpu.FragmentedArray(_registers=shaped, _layout=like.layout, _is_signed=None)
-
-
-def _scalars(register: Any) -> list[Any]:
-    """The numbers that one register of a fragmented array holds."""
-    return [
-        vector.extract(register, dynamic_position=[], static_position=[n])
-        for n in range(ir.VectorType(register.type).shape[0])
-    ]
 
 
 def _add_up(l: Any, p: Any) -> Any:
@@ -258,8 +251,7 @@ def _multiply(q_ref: Any, k_ref: Any, like: Any) -> Any:
         return s
 
     s = product.results
-    pairs = [vector.from_elements(ir.VectorType.get((2,), f32), s[n : n + 2]) for n in range(0, numbers, 2)]
-    return _array(pairs, like)
+    return _array(pairs(s), like)
 
 
 def _if_any(condition: Any, then: Callable[[], list[Any]], otherwise: list[Any]) -> list[Any]:

@@ -30,6 +30,15 @@ class Int:
     def __and__(self, other: Int | int) -> Int:
         return Int(arith.andi(self.value, _value(other)))
 
+    def __or__(self, other: Int | int) -> Int:
+        return Int(arith.ori(self.value, _value(other)))
+
+    def __xor__(self, other: Int | int) -> Int:
+        return Int(arith.xori(self.value, _value(other)))
+
+    def __lshift__(self, other: int) -> Int:
+        return Int(arith.shli(self.value, _value(other)))
+
     def __rshift__(self, other: int) -> Int:
         return Int(arith.shrui(self.value, _value(other)))
 
@@ -71,6 +80,17 @@ def in_block() -> Int:
 def element(register: Any, n: int) -> Any:
     """Entry n of a register of several values."""
     return vector.extract(register, dynamic_position=[], static_position=[n])
+
+
+def elements(register: Any) -> list[Any]:
+    """The values that one register of a fragmented array holds."""
+    return [element(register, n) for n in range(ir.VectorType(register.type).shape[0])]
+
+
+def pairs(values: list[Any]) -> list[Any]:
+    """Consecutive values as registers of two."""
+    kind = ir.VectorType.get((2,), values[0].type)
+    return [vector.from_elements(kind, values[n : n + 2]) for n in range(0, len(values), 2)]
 
 
 def total(values: list[Any]) -> Any:

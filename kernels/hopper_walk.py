@@ -54,7 +54,6 @@ class Walk:
         visible: (s [ROWS, keys], tile index) -> s with -inf where a key is invisible; only used on masked tiles.
         bias: tile index -> [keys], a number to add to every row of s, on masked tiles but the first; then `visible` serves
             the first alone. Where it can be said so, it costs far less.
-        scales: rings of one factor a key, for keys and for values (8-bit caches), or None.
         interpret: under jax's GPU interpreter, which knows neither stores to an accumulator nor P in registers.
     """
 
@@ -65,7 +64,6 @@ class Walk:
     after_keys: Callable[[], None]
     visible: Callable[[jax.Array, jax.Array], jax.Array]
     interpret: bool
-    scales: tuple[Ring, Ring] | None = None
     bias: Callable[[jax.Array], jax.Array] | None = None
 
     def __call__(self, lo: jax.Array, full: jax.Array, hi: jax.Array, first: jax.Array) -> Softmax:
@@ -167,24 +165,13 @@ class Walk:
     ) -> tuple[jax.Array, ...]:
         """`exponentials` of tile n's products, P last, in float32; hands the keys back."""
         slot = self.keys.slot(n)
-        s = self._scaled(s, 0, n)
         if visible:
             s = visible(s, j)
-        operands = None if visible or self.scales else (self.q, self.keys.tiles.at[slot])
+        operands = None if visible else (self.q, self.keys.tiles.at[slot])
         row = bias(j) if bias else None
         p, m, limit, l, alpha = exponentials(s, m, limit, l, operands, row, self.interpret)
         self.keys.release(slot)
-        return m, limit, l, alpha, self._scaled(p, 1, n)
-
-    def _scaled(self, x: jax.Array, which: int, n: jax.Array) -> jax.Array:
-        """x [ROWS, keys] times the factors of tile n's keys (which = 0) or values (1)."""
-        if not self.scales:
-            return x
-        ring = self.scales[which]
-        ring.wait(ring.slot(n))
-        factors = plgpu.load(ring.tiles.at[ring.slot(n)], layout=COLUMN)
-        ring.release(ring.slot(n))
-        return x * lax.broadcast_in_dim(factors, x.shape, [1])
+        return m, limit, l, alpha, p
 
     # S = Q K^T, of an accumulator that it overwrites.
 

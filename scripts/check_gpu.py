@@ -22,11 +22,13 @@ import numpy as np
 
 from qwen_jax.config import DualChunk
 from qwen_jax.kernels.attention.api import BACKENDS as PREFILL
+from qwen_jax.kernels.blocks import EVERYTHING, Blocks, Share
 from qwen_jax.kernels.cutoffs.api import BACKENDS as CUTOFFS
 from qwen_jax.kernels.cutoffs.ranks import rank_of
 from qwen_jax.kernels.decode_attention.api import BACKENDS as DECODE
 from qwen_jax.kernels.line_scores.api import BACKENDS as LINES
 from qwen_jax.kernels.line_scores.api import line_scores
+from qwen_jax.kernels.merge import merge
 from qwen_jax.kernels.quantised import expand, quantise
 from qwen_jax.kernels.sparse_attention.api import BACKENDS as SPARSE
 from qwen_jax.kernels.sparse_attention.bands import tile_distances
@@ -105,11 +107,19 @@ SLOPES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "the first tile is 3000 below": lambda j: jnp.where(j < 128, -3000.0, 0.0),
     "the last keys are 1000 above": lambda j: jnp.where(j > 1000, 1000.0, 0.0),
 }
+# Within what queries rounded to 11 bits resolve.
+GENTLE_SLOPES: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "scores grow by 0.05 a key": lambda j: 0.05 * j,
+    "scores fall by 2 a key": lambda j: -2.0 * j,
+    "few keys stand out by 40": lambda j: jnp.where((j % 389) == 200, 40.0, 0.0),
+    "the first tile is 3000 below": SLOPES["the first tile is 3000 below"],
+}
 PREFILL_CASES |= {
     name: (1, 1024, 4, 2, 128, 1536, 512, [1536], None, slope) for name, slope in SLOPES.items()
 }
 
-# name: (heads, kv heads, head dim, capacity, positions, prompt lengths, dual chunk)
+# name: (heads, kv heads, head dim, capacity, positions, prompt lengths, dual chunk[, cache[, devices or slope]]); the slots
+# of a cache may be dealt to devices, and keys may carry a slope
 DECODE_CASES: dict[str, tuple[Any, ...]] = {
     "one row": (28, 4, 128, 4096, [4000], [4000], None),
     "positions 0, 1, none": (4, 2, 128, 512, [0, 1, -1], [1, 1, 0], None),
@@ -122,6 +132,23 @@ DECODE_CASES: dict[str, tuple[Any, ...]] = {
     "int8": (28, 4, 128, 4 * S, [3 * S + 77, S + 3, -1], [2 * S, 100, 0], SMALL, "int8"),
     "fp8": (28, 4, 128, 4 * S, [3 * S + 77, S + 3, -1], [2 * S, 100, 0], SMALL, "float8_e4m3fn"),
     "int8, head 64": (10, 2, 64, 4 * S, [3 * S + 77, 5], [2 * S, 6], SMALL, "int8"),
+    "fp8, head 64, odd chunks": (14, 2, 64, 4096, [3 * 960 + 77, 5], [960, 6], DualChunk(1216, 256), "float8_e4m3fn"),
+    "int8, G = 8, plain positions": (16, 2, 128, 520, [519, 0, 1, 2], [500, 1, 1, 1], None, "int8"),
+    "int8, 64 rows": (28, 4, 128, 4096, [60 * b + 17 for b in range(64)], [30 * b + 5 for b in range(64)], SMALL, "int8"),
+    "int8, long": (28, 4, 128, 1 << 18, [(1 << 18) - 2], [(1 << 18) - 500], SMALL, "int8"),
+    **{
+        f"{name}, every stage and boundary": (
+            40, 8, 128, 4 * S, [0, S - 2, S - 1, S, 2 * S - 1, 2 * S, 3 * S + 5], [1, S, 9, S, S, S, 2 * S], SMALL, cache,
+        )
+        for name, cache in (("int8", "int8"), ("fp8", "float8_e4m3fn"))
+    },
+    "dealt to 4 devices": (28, 4, 128, 4 * S, [3 * S + 77, S + 3, 100, -1], [2 * S, 100, 9, 0], SMALL, "bfloat16", 4),
+    "int8, dealt to 4 devices": (28, 4, 128, 4 * S, [3 * S + 77, S + 3, 100, -1], [2 * S, 100, 9, 0], SMALL, "int8", 4),
+    "fp8, dealt to 16 devices": (10, 2, 64, 4 * S, [3 * S + 77, 50], [2 * S, 20], SMALL, "float8_e4m3fn", 16),
+    **{
+        f"int8, {name}": (14, 2, 128, 1536, [1535, 300], [1500, 200], None, "int8", slope)
+        for name, slope in GENTLE_SLOPES.items()
+    },
 }  # fmt: skip
 
 
@@ -239,38 +266,43 @@ def _lse_error(got: np.ndarray, want: np.ndarray) -> float:
 
 def check_decode(backend: str, case: tuple[Any, ...], seed: int) -> tuple[float, float, bool]:
     """Like `check_prefill`."""
-    N, K, H, capacity, positions, prompts, dca, *cache = case
+    N, K, H, capacity, positions, prompts, dca, *rest = case
+    cache, special = (*rest, *("bfloat16", None)[len(rest) :])
     B = len(positions)
     rotary = tools.rotary(H, dca)
     layers, layer, scale = 2, 1, 1.3 * H**-0.5
     q = tools.random(seed, (B, N, H))
     k, v = (tools.random(seed + n, (layers, B, K, capacity, H)) for n in (1, 2))
-    scales = {}
-    k_run, v_run = k, v
-    if cache:  # compared with the numbers the cache holds
-        (k_run, k_scale), (v_run, v_scale) = (quantise(x, jnp.dtype(cache[0])) for x in (k, v))
-        scales = {"k_scale_LBKS": k_scale, "v_scale_LBKS": v_scale}
+    if callable(special):
+        scale = 2.0**-4 * math.log(2)
+        q = q.at[..., H // 2 - 1].set(16.0)
+        k = k.at[..., H // 2 - 1].set(special(jnp.arange(capacity)).astype(k.dtype))
+    arrays = {"k_LBKSH": k, "v_LBKSH": v}
+    if cache != "bfloat16":  # compared with the numbers the cache holds
+        (k_run, k_scale), (v_run, v_scale) = (quantise(x, jnp.dtype(cache)) for x in (k, v))
+        arrays = {"k_LBKSH": k_run, "v_LBKSH": v_run, "k_scale_LBKS": k_scale, "v_scale_LBKS": v_scale}
         k, v = expand(k_run, k_scale, jnp.float32), expand(v_run, v_scale, jnp.float32)
+    devices = special if isinstance(special, int) else 1
+    blocks = Blocks.fitting(devices, rotary.chunk_len) if devices > 1 else None
 
     @jax.jit
-    def run(
-        q: Any, k: Any, v: Any, layer: Any, position: Any, prompt: Any, scale: Any, scales: dict[str, Any]
-    ) -> Any:
+    def run(q: Any, arrays: Any, rank: Any, layer: Any, position: Any, prompt: Any, scale: Any) -> Any:
         return DECODE[backend](
-            q,
-            k,
-            v,
-            layer=layer,
-            position_B=position,
-            prompt_len_B=prompt,
-            rotary=rotary,
-            scale_B=scale,
-            **scales,
-        )
+            q, **arrays, layer=layer, position_B=position, prompt_len_B=prompt, rotary=rotary, scale_B=scale,
+            share=Share(blocks, rank) if blocks else EVERYTHING,
+        )  # fmt: skip
 
     arguments = jnp.int32(layer), jnp.array(positions), jnp.array(prompts), jnp.full(B, scale, jnp.float32)
     leave_nan_behind()
-    out, lse = run(q, k_run, v_run, *arguments, scales)
+    dealt = {name: blocks.deal(x, 3) if blocks else x for name, x in arrays.items()}
+    parts = [
+        run(q, {name: jnp.split(x, devices, axis=3)[rank] for name, x in dealt.items()}, jnp.int32(rank), *arguments)
+        for rank in range(devices)
+    ]  # fmt: skip
+    out, lse = parts[0]
+    if blocks:
+        outs, lses = zip(*parts, strict=True)
+        out, lse = merge(jnp.stack(outs).astype(jnp.float32), jnp.stack(lses), 0)
     original = dca.original_max_position_embeddings if dca else 0
     worst_out, worst_lse, empty_right = 0.0, 0.0, True
     for b in range(B):
@@ -284,7 +316,7 @@ def check_decode(backend: str, case: tuple[Any, ...], seed: int) -> tuple[float,
             key_factor_S=temperature(jnp.where(j < prompts[b], prompts[b], j + 1), original),
         )  # fmt: skip
         worst_out = max(worst_out, tools.relative_error(out[b], want[0]))
-        worst_lse = max(worst_lse, float(np.abs(np.asarray(lse[b]) - np.asarray(want_lse[0])).max()))
+        worst_lse = max(worst_lse, _lse_error(np.asarray(lse[b]), np.asarray(want_lse[0])))
     return worst_out, worst_lse, empty_right
 
 

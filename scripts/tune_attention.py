@@ -19,28 +19,33 @@ import bench_attention as bench
 import jax
 
 from qwen_jax.kernels.attention import hopper as prefill
-from qwen_jax.kernels.decode_attention import hopper as decode
+from qwen_jax.kernels.decode_attention.split import Tiling
 
 PREFILL = {
-    128: [
+    ("bfloat16", 128): [
         prefill.Tiling(),
         prefill.Tiling(registers=(240, 24)),
         prefill.Tiling(cluster=2),
         prefill.Tiling(cluster=2, registers=(240, 24)),
     ],
-    64: [
+    ("bfloat16", 64): [
         prefill.Tiling(stages=3),
         prefill.Tiling(stages=4),
         prefill.Tiling(wgs=3, stages=3, registers=(160, 32)),
     ],
 }
 DECODE = {
-    128: [
-        decode.Tiling(128, 2),
-        decode.Tiling(64, 5),
-        decode.Tiling(64, 4),
-    ],
-    64: [decode.Tiling(128, 4), decode.Tiling(64, 8), decode.Tiling(128, 2, blocks_each=2)],
+    ("bfloat16", 128): [Tiling(128, 2), Tiling(64, 5), Tiling(64, 4)],
+    ("bfloat16", 64): [Tiling(128, 4), Tiling(64, 8), Tiling(128, 2, walks=2)],
+    **{
+        (cache, head_dim): [
+            Tiling(keys, 128 * stages // keys, walks)
+            for keys in (128, 64)
+            for walks, stages in ((1, 6 * 128 // head_dim), (2, 3 * 128 // head_dim))
+        ]
+        for cache in ("int8", "float8_e4m3fn")
+        for head_dim in (128, 64)
+    },
 }
 
 
@@ -57,12 +62,11 @@ def describe(tiling: Any) -> str:
 
 
 def best(
-    shape: str, heads: tuple[int, int], head_dim: int, tilings: list[Any], rounds: int
+    shape: str, heads: tuple[int, int], cache: str, head_dim: int, tilings: list[Any], rounds: int
 ) -> dict[str, Any] | None:
     """The tiling to write, or None where none ran."""
-    rows = bench.measure(
-        shape, bench.SHAPES[shape], heads, lambda inputs: candidates(inputs, tilings), rounds, head_dim
-    )
+    problem = dataclasses.replace(bench.SHAPES[shape], cache=cache)
+    rows = bench.measure(shape, problem, heads, lambda inputs: candidates(inputs, tilings), rounds, head_dim)
     print("\n".join(map(bench.table_line, rows)), flush=True)
     timed = [row for row in rows if "ms" in row]
     return json.loads(min(timed, key=lambda row: row["ms"])["contender"]) if timed else None
@@ -89,9 +93,11 @@ def main() -> None:
         ("decode", "decode_attention", arguments.decode, DECODE),
     ):
         entries = []
-        for head_dim in map(int, arguments.head_dims.split(",")) if shape else ():
-            tiling = best(shape, (28, 4), head_dim, table[head_dim], arguments.rounds)
-            entry = {"head_dim": head_dim, "cache": "bfloat16", "tuned_on": shape, "tiling": tiling}
+        for (cache, head_dim), tilings in table.items() if shape else ():
+            if str(head_dim) not in arguments.head_dims.split(","):
+                continue
+            tiling = best(shape, (28, 4), cache, head_dim, tilings, arguments.rounds)
+            entry = {"head_dim": head_dim, "cache": cache, "tuned_on": shape, "tiling": tiling}
             entries += [entry] if tiling else []
         print(json.dumps({op: entries}))
         if arguments.write and entries:

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 
 from qwen_jax.kernels import quantised
 from qwen_jax.kernels.blocks import EVERYTHING, Share
-from qwen_jax.kernels.decode_attention.hopper import Problem, Tiling, decode, shares
+from qwen_jax.kernels.decode_attention import hopper, hopper_quantised
+from qwen_jax.kernels.decode_attention.hopper_workers import HEADS, Workers, arranged
 from qwen_jax.kernels.decode_attention.specs import tiling_for
+from qwen_jax.kernels.decode_attention.split import Problem, Tiling, shares
 from qwen_jax.kernels.hopper import LOG2E, why_not_hopper, why_not_shared
 from qwen_jax.kernels.hopper_walk import ROWS
 from qwen_jax.kernels.merge import merge
@@ -71,23 +73,60 @@ def decode_attend(
     query_B = jnp.maximum(position_B, 0)
     warmth_B = temperature(prompt_len_B, problem.original)
     factor_B = scale_B.astype(jnp.float32) * LOG2E * warmth_B
-    out, lse = decode(problem, tiling, q_BNH.dtype, interpret)(
+    arguments = (
         jnp.stack([jnp.int32(layer), jnp.int32(held.rank)]),
-        jnp.stack([position_B, prompt_len_B, *map(held.below, rotary.stage_starts(query_B))], axis=1).reshape(
-            -1
-        ),
+        jnp.stack([position_B, prompt_len_B, *map(held.below, rotary.stage_starts(query_B))], 1).reshape(-1),
         1 / warmth_B,
-        _rotations(q_BNH, query_B, factor_B, rotary, problem),
-        k_LBKSH.reshape(-1, S, H),
-        v_LBKSH.reshape(-1, S, H),
-        *(x.astype(jnp.float32).reshape(-1, S) for x in (k_scale_LBKS, v_scale_LBKS) if x is not None),
     )
-    P, G = shares(problem, tiling), problem.group
-    out_BKPGH = out.reshape(B, K, P, problem.rows, H)[:, :, :, :G]
-    lse_BKPG = lse.reshape(B, K, P, ROWS)[..., :G]
+    q_VBKGH = _rotations(q_BNH, query_B, factor_B, rotary, problem)
+    caches = [x.reshape(-1, S, H) for x in (k_LBKSH, v_LBKSH)]
+    scales = [x.astype(jnp.float32).reshape(-1, S) for x in (k_scale_LBKS, v_scale_LBKS) if x is not None]
+    run = _decode_quantised if problem.quantised else _decode
+    out_BKPGH, lse_BKPG = run(problem, tiling, arguments, q_VBKGH, [*caches, *scales], interpret)
     merged_BKGH, merged_BKG = merge(out_BKPGH, lse_BKPG, axis=2)
     merged_BKGH = quantised.unmix(merged_BKGH) if problem.quantised else merged_BKGH
     return merged_BKGH.reshape(B, N, H).astype(q_BNH.dtype), merged_BKG.reshape(B, N)
+
+
+def _decode(
+    problem: Problem,
+    tiling: Tiling,
+    arguments: tuple[jax.Array, ...],
+    q_VBKGH: jax.Array,
+    caches: list[jax.Array],
+    interpret: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """The parts of every share P of a row and KV head: (out [B, K, P, G, H], lse [B, K, P, G])."""
+    B, K, G, H = q_VBKGH.shape[1:]
+    q = q_VBKGH.astype(jnp.bfloat16).reshape(-1, G, H)
+    q = jnp.pad(q, ((0, 0), (0, ROWS - G), (0, 0)))
+    out, lse = hopper.decode(problem, tiling, q.dtype, interpret)(*arguments, q, *caches)
+    P = shares(problem, tiling)
+    return out.reshape(B, K, P, -1, H)[:, :, :, :G], lse.reshape(B, K, P, ROWS)[..., :G]
+
+
+def _decode_quantised(
+    problem: Problem,
+    tiling: Tiling,
+    arguments: tuple[jax.Array, ...],
+    q_VBKGH: jax.Array,
+    caches: list[jax.Array],
+    interpret: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """As `_decode`, of mixed values."""
+    B, K, G, H = q_VBKGH.shape[1:]
+    workers = Workers(H, caches[0].dtype, bool(interpret))
+    q_VBKGH = quantised.mix(q_VBKGH)
+    # Powers of two that bring the largest entry of a KV head's queries to 2^10, well inside float16.
+    largest_BK = jnp.maximum(jnp.abs(q_VBKGH).max((0, 3, 4)), 2.0**-60)
+    unit_BK = jnp.ldexp(jnp.float32(1), jnp.frexp(largest_BK)[1] - 11)
+    q = (q_VBKGH / unit_BK[..., None, None]).reshape(-1, G, H)
+    q = arranged(jnp.pad(q, ((0, 0), (0, HEADS - G), (0, 0))), bool(interpret))
+    unit = unit_BK.reshape(-1) * workers.unit
+    out, lse = hopper_quantised.decode(problem, tiling, interpret)(*arguments, unit, q, *caches)
+    P = shares(problem, tiling)
+    out_BKPGH = out.reshape(B, K, P, -1, 8, HEADS).transpose(0, 1, 2, 5, 4, 3).reshape(B, K, P, HEADS, H)
+    return out_BKPGH[:, :, :, :G] * workers.unit, lse.reshape(B, K, P, -1)[..., :G]
 
 
 def refusal(
@@ -112,8 +151,9 @@ def refusal(
         return "needs scales of keys and values with an 8-bit cache, and only then"
     if head_dim not in (64, 128):
         return f"needs a head dimension of 64 or 128, got {head_dim}"
-    if q_BNH.shape[1] // K > ROWS:
-        return f"needs at most {ROWS} query heads a KV head, got {q_BNH.shape[1] // K}"
+    most = HEADS if cache in quantised.DTYPES else ROWS
+    if q_BNH.shape[1] // K > most:
+        return f"needs at most {most} query heads a KV head with a {cache} cache, got {q_BNH.shape[1] // K}"
     if capacity % 8:
         return f"needs a cache capacity that is a multiple of 8, got {capacity}"
     if rotary.chunk_len and rotary.chunk_len % 64:
@@ -124,10 +164,8 @@ def refusal(
 def _rotations(
     q_BNH: jax.Array, position_B: jax.Array, factor_B: jax.Array, rotary: Rotary, problem: Problem
 ) -> jax.Array:
-    """The queries as each stage's keys lie in the cache, scaled, stages in key order, heads padded: [stages * B * K, 64, H]."""
+    """The queries as each stage's keys lie in the cache, scaled, stages in key order: float32 [stages, B, K, G, H]."""
     stages = (Stage.INTER, Stage.SUCC, Stage.INTRA) if rotary.dca else (Stage.INTRA,)
     q_B1NH = q_BNH.astype(jnp.float32)[:, None] * factor_B[:, None, None, None]
     q = jnp.stack([rotary.rotate_queries(q_B1NH, position_B[:, None], stage) for stage in stages])
-    q = quantised.mix(q) if problem.quantised else q
-    q = q.astype(q_BNH.dtype).reshape(-1, problem.group, problem.head_dim)
-    return jnp.pad(q, ((0, 0), (0, ROWS - problem.group), (0, 0)))
+    return q.reshape(len(stages), problem.batch, problem.kv_heads, problem.group, problem.head_dim)

@@ -8,7 +8,7 @@ from importlib import resources
 
 import jax
 
-from qwen_jax.kernels.decode_attention.hopper import Problem, Tiling
+from qwen_jax.kernels.decode_attention.split import Problem, Tiling
 
 
 def tiling_for(problem: Problem, chunk_len: int | None, device_kind: str | None = None) -> Tiling:
@@ -21,7 +21,11 @@ def tiling_for(problem: Problem, chunk_len: int | None, device_kind: str | None 
             tiling = Tiling(**entry["tiling"])
             if not chunk_len or chunk_len % tiling.block_kv == 0:
                 return tiling
-    return Tiling(block_kv=64, stages=2 if problem.quantised else 4, raw_stages=4)
+    if problem.quantised:
+        blocks = problem.blocks.size if problem.blocks else 128
+        block_kv = 64 if (chunk_len or 0) % 128 or blocks % 128 else 128
+        return Tiling(block_kv, 3 * 128 // block_kv, walks=2)
+    return Tiling(block_kv=64, stages=4)
 
 
 @functools.cache

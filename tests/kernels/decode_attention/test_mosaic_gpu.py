@@ -16,8 +16,8 @@ import pytest
 
 from qwen_jax.config import DualChunk
 from qwen_jax.kernels.blocks import Blocks, Share
-from qwen_jax.kernels.decode_attention import api, hopper, mosaic_gpu, specs
-from qwen_jax.kernels.decode_attention.hopper import Problem, Tiling, shares
+from qwen_jax.kernels.decode_attention import api, hopper, hopper_quantised, mosaic_gpu, specs, split
+from qwen_jax.kernels.decode_attention.split import Problem, Tiling, shares
 from qwen_jax.kernels.quantised import quantise
 from qwen_jax.rope import Rotary
 from tests.kernels.decode_attention.suite import DecodeSuite
@@ -43,7 +43,8 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Interpreted:
         "mosaic_gpu",
         functools.partial(mosaic_gpu.decode_attend, interpret=plgpu.InterpretGPUParams()),
     )
-    monkeypatch.setattr(hopper, "multiprocessors", lambda: 3)
+    for module in (hopper, hopper_quantised, split):
+        monkeypatch.setattr(module, "multiprocessors", lambda: 3)
     jax.clear_caches()
     return Interpreted()
 
@@ -60,38 +61,57 @@ def test_plain_positions_and_a_group_of_seven(interpreted: Interpreted) -> None:
 
 
 @pytest.mark.usefixtures("interpreted")
-def test_an_int8_cache_gives_what_its_numbers_say() -> None:
+@pytest.mark.parametrize(
+    ("cache", "head_dim", "chunk", "share"),
+    [("int8", 128, 128, None), ("float8_e4m3fn", 64, 64, Share(Blocks(64, 2), 1))],
+)
+def test_an_8_bit_cache_gives_what_its_numbers_say(
+    cache: str, head_dim: int, chunk: int, share: Share | None
+) -> None:
+    """Keys of every stage and of both temperatures, a row that sees nothing, scores that rise, values of every size."""
     rng = np.random.default_rng(0)
-    q = jnp.asarray(rng.standard_normal((2, 2, 64)), jnp.bfloat16)
-    (k, k_scale), (v, v_scale) = (
-        quantise(jnp.asarray(rng.standard_normal((2, 2, 1, 256, 64)), jnp.float32), jnp.int8)
-        for _ in range(2)
-    )
+    B, S = 2, 320
+    q = jnp.asarray(rng.standard_normal((B, 7, head_dim)), jnp.bfloat16)
+    k, v = (rng.standard_normal((2, B, 1, S, head_dim)).astype(np.float32) for _ in range(2))
+    k[..., 70:80, :] *= 20.0
+    v *= np.exp2(rng.integers(-5, 5, S))[:, None]
+    v[:, :, :, 5] = 0
+    (k8, k_scale), (v8, v_scale) = (quantise(jnp.asarray(x), jnp.dtype(cache)) for x in (k, v))
     call = {
-        "layer": 1, "position_B": jnp.array([200, 70]), "prompt_len_B": jnp.array([150, 80]),
-        "rotary": Rotary(1e4, 64, 256), "scale_B": jnp.full(2, 0.2),
+        "layer": 1, "position_B": jnp.array([2 * chunk + 30, -1]), "prompt_len_B": jnp.array([2 * chunk + 9, 0]),
+        "rotary": Rotary(1e4, head_dim, 1024, dca=DualChunk(chunk + 32, 32, 100)), "scale_B": jnp.full(B, 0.2),
+        "share": share, "k_scale_LBKS": k_scale, "v_scale_LBKS": v_scale,
     }  # fmt: skip
-    scales = {"k_scale_LBKS": k_scale, "v_scale_LBKS": v_scale}
-    out, lse = api.decode_attend(q, k, v, **call, **scales, backend="mosaic_gpu")
-    want, want_lse = api.decode_attend(q.astype(jnp.float32), k, v, **call, **scales, backend="xla")
-    assert np.linalg.norm(out - want) <= 1e-2 * np.linalg.norm(want)
-    np.testing.assert_allclose(lse, want_lse, atol=2e-2)
+    out, lse = api.decode_attend(q, k8, v8, **call, backend="mosaic_gpu")
+    want, want_lse = api.decode_attend(q.astype(jnp.float32), k8, v8, **call, backend="xla")
+    assert np.linalg.norm(out[0] - want[0]) <= 1e-2 * np.linalg.norm(want[0])
+    assert not out[1].any()
+    np.testing.assert_allclose(lse, want_lse, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(28, 4, 128), (14, 2, 64)])
-def test_lowers_for_cuda(monkeypatch: pytest.MonkeyPatch, heads: int, kv_heads: int, head_dim: int) -> None:
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "cache"),
+    [(28, 4, 128, "bfloat16"), (14, 2, 64, "bfloat16"), (40, 8, 128, "int8"), (14, 2, 64, "float8_e4m3fn")],
+)
+def test_lowers_for_cuda(
+    monkeypatch: pytest.MonkeyPatch, heads: int, kv_heads: int, head_dim: int, cache: str
+) -> None:
     monkeypatch.setattr(mosaic_gpu, "why_not_hopper", lambda: None)
     rotary = Rotary(1e7, head_dim, 1 << 20, dca=DualChunk(262_144, 8_192, 262_144))
-    cache = jax.ShapeDtypeStruct((2, 3, kv_heads, 4096, head_dim), jnp.bfloat16)
+    kv = jax.ShapeDtypeStruct((2, 3, kv_heads, 4096, head_dim), jnp.dtype(cache))
+    factors = [jax.ShapeDtypeStruct(kv.shape[:4], jnp.float32)] * (2 if kv.dtype.itemsize == 1 else 0)
     q = jax.ShapeDtypeStruct((3, heads, head_dim), jnp.bfloat16)
     row, scale = jax.ShapeDtypeStruct((3,), jnp.int32), jax.ShapeDtypeStruct((3,), jnp.float32)
 
-    def call(q: Any, k: Any, v: Any, layer: Any, position: Any, prompt: Any, scale: Any) -> Any:
+    def call(
+        q: Any, k: Any, v: Any, layer: Any, position: Any, prompt: Any, scale: Any, *factors: Any
+    ) -> Any:
         return mosaic_gpu.decode_attend(
-            q, k, v, layer=layer, position_B=position, prompt_len_B=prompt, rotary=rotary, scale_B=scale
-        )
+            q, k, v, layer=layer, position_B=position, prompt_len_B=prompt, rotary=rotary, scale_B=scale,
+            **dict(zip(("k_scale_LBKS", "v_scale_LBKS"), factors, strict=False)),
+        )  # fmt: skip
 
-    traced = jax.jit(call).trace(q, cache, cache, jax.ShapeDtypeStruct((), jnp.int32), row, row, scale)
+    traced = jax.jit(call).trace(q, kv, kv, jax.ShapeDtypeStruct((), jnp.int32), row, row, scale, *factors)
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -103,19 +123,30 @@ def test_lowers_for_cuda(monkeypatch: pytest.MonkeyPatch, heads: int, kv_heads: 
         ({"capacity": 100}, "multiple of 8"),
         ({"heads": 65}, "at most 64 query heads"),
         ({"dca": DualChunk(100, 10)}, "multiple of 64"),
+        ({"cache": jnp.int8, "heads": 9}, "at most 8 query heads a KV head with a int8 cache"),
+        ({"cache": jnp.int8, "scales": False}, "needs scales"),
     ],
 )
 def test_refuses_what_it_cannot_do(
     monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], reason: str
 ) -> None:
     monkeypatch.setattr(mosaic_gpu, "why_not_hopper", lambda: None)
-    call = {"dtype": jnp.bfloat16, "head_dim": 64, "capacity": 128, "heads": 1, "dca": None} | change
-    cache = jnp.zeros((1, 1, 1, call["capacity"], call["head_dim"]), call["dtype"])
+    call = {
+        "dtype": jnp.bfloat16,
+        "head_dim": 64,
+        "capacity": 128,
+        "heads": 1,
+        "dca": None,
+        "scales": True,
+    } | change
+    cache = jnp.zeros((1, 1, 1, call["capacity"], call["head_dim"]), call.get("cache", call["dtype"]))
+    scales = jnp.ones(cache.shape[:4]) if "cache" in call and call["scales"] else None
     with pytest.raises(NotImplementedError, match=reason):
         mosaic_gpu.decode_attend(
             jnp.zeros((1, call["heads"], call["head_dim"]), call["dtype"]), cache, cache,
             layer=0, position_B=jnp.zeros(1, jnp.int32), prompt_len_B=jnp.ones(1, jnp.int32),
             rotary=Rotary(1e4, call["head_dim"], 128, dca=call["dca"]), scale_B=jnp.ones(1),
+            k_scale_LBKS=scales, v_scale_LBKS=scales,
         )  # fmt: skip
 
 
@@ -134,6 +165,12 @@ def test_the_rule_for_sizes_fits() -> None:
     for head_dim in (64, 128):
         tiling = specs.tiling_for(Problem(3, 1, 28, 4, 4096, head_dim), 253_952, "a device nobody tuned")
         assert 64 * head_dim * (2 + 4) + 4 * head_dim * tiling.stages * tiling.block_kv < 227 * 1024
+        problem = Problem(3, 1, 28, 4, 4096, head_dim, cache="int8")
+        for chunk in (253_952, 192):
+            tiling = specs.tiling_for(problem, chunk, "a device nobody tuned")
+            ring = tiling.stages * tiling.block_kv * (2 * head_dim + 8)
+            assert chunk % tiling.block_kv == 0
+            assert tiling.walks * (ring + 32 * head_dim + 1024) < 227 * 1024
 
 
 def test_tuned_sizes_are_found_by_device_and_obey_the_chunk() -> None:
