@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import bench_attention as bench
 import jax
+from attention_contenders import Shape, ours
 
 from qwen_jax.kernels.attention import hopper as prefill
 from qwen_jax.kernels.decode_attention.split import Tiling
@@ -49,24 +48,10 @@ DECODE = {
 }
 
 
-def candidates(inputs: bench.Inputs, tilings: list[Any]) -> dict[str, Callable[[], bench.Contender]]:
-    """A contender for each tiling, named by its fields."""
-    return {
-        describe(tiling): functools.partial(bench.ours, inputs, "mosaic_gpu", tiling=tiling)
-        for tiling in tilings
-    }
-
-
-def describe(tiling: Any) -> str:
-    return json.dumps(dataclasses.asdict(tiling))
-
-
-def best(
-    shape: str, heads: tuple[int, int], cache: str, head_dim: int, tilings: list[Any], rounds: int
-) -> dict[str, Any] | None:
+def best(shape: Shape, tilings: list[Any], rounds: int) -> dict[str, Any] | None:
     """The tiling to write, or None where none ran."""
-    problem = dataclasses.replace(bench.SHAPES[shape], cache=cache)
-    rows = bench.measure(shape, problem, heads, lambda inputs: candidates(inputs, tilings), rounds, head_dim)
+    candidates = {json.dumps(dataclasses.asdict(t)): ours(shape, "mosaic_gpu", tiling=t) for t in tilings}
+    rows = bench.measure(bench.prepare(shape, candidates), rounds, float("inf"))
     print("\n".join(map(bench.table_line, rows)), flush=True)
     timed = [row for row in rows if "ms" in row]
     return json.loads(min(timed, key=lambda row: row["ms"])["contender"]) if timed else None
@@ -96,7 +81,8 @@ def main() -> None:
         for (cache, head_dim), tilings in table.items() if shape else ():
             if str(head_dim) not in arguments.head_dims.split(","):
                 continue
-            tiling = best(shape, (28, 4), cache, head_dim, tilings, arguments.rounds)
+            problem = dataclasses.replace(bench.SHAPES[shape], cache=cache, head_dim=head_dim)
+            tiling = best(problem, tilings, arguments.rounds)
             entry = {"head_dim": head_dim, "cache": cache, "tuned_on": shape, "tiling": tiling}
             entries += [entry] if tiling else []
         print(json.dumps({op: entries}))
