@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -214,16 +215,46 @@ class Prefiller:
             cache: holds positions below `start` of every row. It is donated: use the yielded one from then on.
             start: absolute position, the same for every row.
         """
-        lengths_B = jnp.asarray(prompt_len_B, jnp.int32)
         end = start + tokens_BT.shape[1]
-        sparse = self.sparse if self.sparse and self.sparse.serves(prompt_len_B) else None
+        fixed = self._fixed(prompt_len_B)
         last_BD = jnp.zeros((len(tokens_BT), self.config.hidden_size), self.dtype, device=self._device)
         for piece in self.pieces(start, end, cache.capacity):
-            last_BD, cache = _prefill_piece(
-                self.graph, self.params, jnp.asarray(piece_tokens(tokens_BT, start, piece)),
-                jnp.int32(piece.begin), lengths_B, cache, last_BD, sparse, jnp.int32(piece.start),
-            )  # fmt: skip
+            arguments = self._arguments(piece_tokens(tokens_BT, start, piece), piece, cache, last_BD, *fixed)
+            last_BD, cache = _prefill_piece(*arguments)
             yield piece.start + piece.length - start, last_BD, cache
+
+    def compile(self, prompt_len_B: np.ndarray, cache: KVCache) -> None:
+        """Compiles, side by side, what `run` of prompts from position 0 on needs; the cache may be abstract."""
+        fixed = self._fixed(prompt_len_B)
+        last_BD = jnp.zeros((len(prompt_len_B), self.config.hidden_size), self.dtype, device=self._device)
+        pieces = {piece.padded: piece for piece in self.pieces(0, int(max(prompt_len_B)), cache.capacity)}
+
+        def one(piece: Piece) -> None:
+            tokens_BT = np.zeros((len(prompt_len_B), piece.padded), np.int32)
+            _prefill_piece.lower(*self._arguments(tokens_BT, piece, cache, last_BD, *fixed)).compile()
+
+        with ThreadPoolExecutor(len(pieces), thread_name_prefix="qwen-jax-compile") as pool:
+            list(pool.map(one, pieces.values()))
+
+    def _fixed(self, prompt_len_B: np.ndarray) -> tuple[jax.Array, SparsePrefill | None]:
+        """What all pieces of prompts are given."""
+        sparse = self.sparse if self.sparse and self.sparse.serves(prompt_len_B) else None
+        return jnp.asarray(prompt_len_B, jnp.int32), sparse
+
+    def _arguments(
+        self,
+        tokens_BT: np.ndarray,
+        piece: Piece,
+        cache: KVCache,
+        last_BD: jax.Array,
+        lengths_B: jax.Array,
+        sparse: SparsePrefill | None,
+    ) -> tuple[Any, ...]:
+        """Of `_prefill_piece`."""
+        begin, first = jnp.int32(piece.begin), jnp.int32(piece.start)
+        return (
+            self.graph, self.params, jnp.asarray(tokens_BT), begin, lengths_B, cache, last_BD, sparse, first
+        )  # fmt: skip
 
     def logits(self, last_BD: jax.Array) -> jax.Array:
         """float32[B, V] from the last hidden states."""

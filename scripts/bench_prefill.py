@@ -11,35 +11,31 @@ layer, are recomputed in float32 from the cache. Prints and writes seconds by pa
 from __future__ import annotations
 
 import argparse
-import functools
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import attention_tools as tools
 import jax
 import jax.numpy as jnp
 import numpy as np
 import results
 from flax import nnx
+from prefill_probe import compile_probe, density_of, probe, separate_bands, worst_error
 from structured_model import SINKS, structured_model
 from trace_parts import traced
 
-from qwen_jax.attention import prefill_layer
 from qwen_jax.balance import balanced
-from qwen_jax.cache import KVCache, init_cache, is_8_bit, read_layer
+from qwen_jax.cache import KVCache, init_cache, is_8_bit
 from qwen_jax.config import ModelConfig
 from qwen_jax.context import capacity_for
-from qwen_jax.decode import BLOCK, Request, decode_block, first_token
-from qwen_jax.kernels.line_scores.api import line_scores
-from qwen_jax.kernels.sparse_attention.bands import BAND, tile_distances
-from qwen_jax.model import Qwen2
+from qwen_jax.decode import BLOCK, Decoding, Request, decode_block, first_token
 from qwen_jax.prefill import Piece, Prefiller, default_chunk
 from qwen_jax.sampling import SamplingControls, SamplingParams, row_keys, seen_tokens
+from qwen_jax.sharding import mesh_of
 from qwen_jax.sparsity.attention import SparsePrefill
 from qwen_jax.sparsity.budgets import Budget, LineBudgets
-from qwen_jax.sparsity.cost_aware import Piece as Rows
-from qwen_jax.sparsity.cost_aware import computed_pairs
 
 SHAPES = {
     "7b": {"hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28, "num_attention_heads": 28,
@@ -48,6 +44,7 @@ SHAPES = {
             "num_key_value_heads": 8},
 }  # fmt: skip
 KV_DTYPES = {"bf16": jnp.bfloat16, "int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
+DECODED = 4 * BLOCK  # tokens behind the prompt
 VERTICAL = 1000  # columns a head keeps, as most entries of the published files have it
 
 
@@ -64,128 +61,33 @@ def config_of(model: str, layers: int | None) -> ModelConfig:
     return ModelConfig.from_dict(raw | ({"num_hidden_layers": layers} if layers else {}))
 
 
-class Kept(NamedTuple):
-    """What a piece leaves for the checks: of its first and last real row R, in the first and last layer L.
+class Timed(NamedTuple):
+    """A prefill: seconds of each piece, the first with what starts the rest; last hidden state; the cache."""
 
-    q_LRNH, out_LRNH: queries, not rotated, and attention output. columns_LNS, bands_LNM: the lines, packed to bits.
-    pairs_L: float32, computed pairs of every layer, all heads.
-    """
-
-    q_LRNH: jax.Array
-    out_LRNH: jax.Array
-    columns_LNS: jax.Array
-    bands_LNM: jax.Array
-    pairs_L: jax.Array
-
-
-@functools.partial(jax.jit, static_argnames="graph", donate_argnames="cache")
-def probe_piece(
-    graph: nnx.GraphDef,
-    params: nnx.State,
-    tokens_BT: jax.Array,
-    start: jax.Array,
-    last: jax.Array,
-    length_B: jax.Array,
-    cache: KVCache,
-    sparse: SparsePrefill | None,
-) -> tuple[Kept, KVCache]:
-    """A piece of the prefilled prompt once more, keeping what the checks and the density need.
-
-    What a piece sees lies before it, so it computes again what it computed in its turn, the same lines too. `last` is its
-    last real row.
-    """
-    model: Qwen2 = nnx.merge(graph, params)
-    c = model.config
-    T, S = tokens_BT.shape[1], cache.capacity
-    scale_B = model.score_scale(length_B, length_B)
-    rows_R = jnp.stack([jnp.int32(0), last])
-    M = tile_distances(S)
-    row_LRNH = jnp.zeros((2, 2, c.num_heads, c.head_dim), model.embed.weight[...].dtype)
-    kept = Kept(
-        row_LRNH,
-        row_LRNH,
-        jnp.zeros((2, c.num_heads, -(-S // 8)), jnp.uint8),
-        jnp.zeros((2, c.num_heads, -(-M // 8)), jnp.uint8),
-        jnp.zeros(c.num_layers, jnp.float32),
-    )
-
-    def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, state: Any, layer: jax.Array) -> Any:
-        cache, kept = state
-        out_BTNH, cache = prefill_layer(
-            None, q_BTNH, k_BTKH, v_BTKH, cache, sparse,
-            layer=layer, start=start, first=jnp.int32(0), prompt_len_B=length_B, scale_B=scale_B, rotary=model.rotary,
-            backend=None,
-        )  # fmt: skip
-        new = {"q_LRNH": q_BTNH[0, rows_R], "out_LRNH": out_BTNH[0, rows_R]}
-        pairs_L = kept.pairs_L
-        if sparse is not None:
-            end_B = jnp.minimum(start + T, length_B)
-            k_LBKSH, _, at = read_layer(cache, layer, q_BTNH.dtype)
-            scores = line_scores(
-                q_BTNH,
-                k_LBKSH,
-                layer=at,
-                q_start=start,
-                kv_len_B=length_B,
-                rotary=model.rotary,
-                scale_B=scale_B,
-            )
-            columns_BNS, bands_BNM = sparse.choose(*scores, layer=layer, q_start=start, end_B=end_B)
-            new |= {
-                "columns_LNS": jnp.packbits(columns_BNS[0], axis=-1),
-                "bands_LNM": jnp.packbits(bands_BNM[0], axis=-1),
-            }
-            pairs_L = pairs_L.at[layer].set(computed_pairs(columns_BNS, bands_BNM, Rows(start, end_B)).sum())
-        at_L = layer == jnp.array([0, c.num_layers - 1])
-        news = {
-            name: jnp.where(at_L.reshape(-1, *[1] * x.ndim), x, getattr(kept, name))
-            for name, x in new.items()
-        }
-        return out_BTNH, (cache, kept._replace(pairs_L=pairs_L, **news))
-
-    positions_BT = jnp.broadcast_to(start + jnp.arange(T, dtype=jnp.int32), tokens_BT.shape)
-    _, (cache, kept) = model.run_layers(model.embed(tokens_BT), positions_BT, (cache, kept), attend)
-    return kept, cache
+    seconds: list[float]
+    last_BD: jax.Array
+    cache: KVCache
 
 
 def timed_prefill(
     prefiller: Prefiller, tokens_BT: np.ndarray, cache: KVCache, only: list[Piece] | None = None
-) -> tuple[float, jax.Array, KVCache]:
-    """(Seconds of a prefill, last hidden state, cache): `Prefiller.run`, as `LLM` runs it, of the prompt or of some pieces."""
+) -> Timed:
+    """`Prefiller.run`, as `LLM` runs it, of the whole prompt or of some pieces; the device is never left idle."""
     T = tokens_BT.shape[1]
     spans = [(0, T)] if only is None else [(piece.start, piece.start + piece.length) for piece in only]
     jax.block_until_ready(cache)
-    begin = time.perf_counter()
+    ends = [time.perf_counter()]
+    queued: jax.Array | None = None
     for start, end in spans:
-        pieces = prefiller.run(tokens_BT[:, start:end], np.array([T]), cache, start)
-        for n, (done, last_BD, newest) in enumerate(pieces):
+        for _, last_BD, newest in prefiller.run(tokens_BT[:, start:end], np.array([T]), cache, start):
             cache = newest
-            if n % 8 == 7:  # a wait that costs nothing beside eight pieces
-                last_BD.block_until_ready()
-                print(f"  {start + done} tokens after {time.perf_counter() - begin:.1f} s", flush=True)
+            if queued is not None:
+                queued.block_until_ready()
+                ends.append(time.perf_counter())
+            queued = last_BD
     last_BD.block_until_ready()
-    return time.perf_counter() - begin, last_BD, cache
-
-
-def probe(
-    prefiller: Prefiller,
-    tokens_BT: np.ndarray,
-    cache: KVCache,
-    sparse: SparsePrefill | None,
-    plan: list[Piece],
-) -> tuple[list[tuple[Piece, Kept]], KVCache]:
-    """What the pieces of `plan` keep, and the cache."""
-    length_B = jnp.array([tokens_BT.shape[1]], jnp.int32)
-    out = []
-    for piece in plan:
-        rows = np.zeros((1, piece.padded), np.int32)
-        rows[:, : piece.length] = tokens_BT[:, piece.start : piece.start + piece.length]
-        kept, cache = probe_piece(
-            prefiller.graph, prefiller.params, jnp.asarray(rows), jnp.int32(piece.start), jnp.int32(piece.length - 1),
-            length_B, cache, sparse,
-        )  # fmt: skip
-        out.append((piece, jax.tree.map(np.asarray, kept)))
-    return out, cache
+    ends.append(time.perf_counter())
+    return Timed(np.diff(ends).tolist(), last_BD, cache)
 
 
 def with_slash(config: ModelConfig, slash: int) -> SparsePrefill:
@@ -194,101 +96,65 @@ def with_slash(config: ModelConfig, slash: int) -> SparsePrefill:
     return SparsePrefill(LineBudgets.of(heads), threshold=32_768, last_queries=64)
 
 
-def density_of(
-    config: ModelConfig, plan: list[Piece], probed: list[tuple[Piece, Kept]]
-) -> tuple[float, dict[int, float]]:
-    """Computed pairs over causal pairs: of the whole plan, and of each probed piece by its first position.
-
-    The computed pairs of a row in the other pieces lie on the line between those of their neighbours.
-    """
-    heads = config.num_heads * config.num_layers
-    a_row = [float(kept.pairs_L.sum(dtype=np.float64)) / heads / piece.length for piece, kept in probed]
-    ends = [piece.start + piece.length for piece, _ in probed]
-    causal = [piece.start + (piece.length + 1) / 2 for piece in plan]  # of a row, on average
-    lengths = [piece.length for piece in plan]
-    found = np.interp([piece.start + piece.length for piece in plan], ends, a_row)
-    each = {
-        piece.start: round(pairs / (piece.start + (piece.length + 1) / 2), 4)
-        for pairs, (piece, _) in zip(a_row, probed, strict=True)
-    }
-    return float(np.minimum(found, causal) @ lengths / (np.array(causal) @ lengths)), each
-
-
-def separate_bands(kept: Kept) -> int:
-    """Median over the heads of the first and last layer: runs of neighbouring tile distances."""
-    bands = np.unpackbits(kept.bands_LNM, axis=-1).astype(np.int8)
-    starts = (np.diff(bands, axis=-1, prepend=0) == 1).sum(-1)
-    return int(np.median(starts))
-
-
-@functools.partial(jax.jit, static_argnames="capacity")
-def computed_keys(columns_NS: jax.Array, bands_NM: jax.Array, i_R: jax.Array, capacity: int) -> jax.Array:
-    """bool[R, N, S] of packed columns and bands, straight from the contract of `attend_lines`."""
-    columns_NS = jnp.unpackbits(columns_NS, axis=-1, count=capacity).astype(bool)
-    bands_NM = jnp.unpackbits(bands_NM, axis=-1).astype(bool)
-    apart_RS = i_R[:, None] // BAND - jnp.arange(capacity) // BAND
-    in_band_NRS = (bands_NM[:, jnp.maximum(apart_RS, 0)] & (apart_RS > 0)) | (apart_RS == 0)
-    return jnp.moveaxis(in_band_NRS, 0, 1) | columns_NS
-
-
-def worst_error(
-    model: Qwen2,
-    cache: KVCache,
-    probed: list[tuple[Piece, Kept]],
-    tokens: int,
-    sparse: bool,
-) -> float:
-    """Largest relative error of attention in the first and last row of the probed pieces, in the first and the last layer.
-
-    Against float32 from what the cache holds: an 8-bit cache is expanded.
-    """
-    scale = float(model.score_scale(*[jnp.array([tokens])] * 2)[0])
-    worst = 0.0
-    for piece, kept in probed:
-        i_R = np.array([piece.start, piece.start + piece.length - 1])
-        for at, layer in enumerate((0, model.config.num_layers - 1)):
-            k_LBKSH, v_LBKSH, index = read_layer(cache, jnp.int32(layer), jnp.float32)
-            k_KSH, v_KSH = k_LBKSH[index, 0], v_LBKSH[index, 0]
-            keep_RNS = None
-            if sparse:
-                keep_RNS = computed_keys(
-                    kept.columns_LNS[at], kept.bands_LNM[at], jnp.asarray(i_R), k_KSH.shape[1]
-                )
-            want, _ = tools.exact(
-                jnp.asarray(kept.q_LRNH[at]),
-                i_R,
-                k_KSH,
-                v_KSH,
-                kv_len=tokens,
-                rotary=model.rotary,
-                scale=scale,
-                keep_RNS=keep_RNS,
-            )
-            worst = max(worst, tools.worst_row_error(jnp.asarray(kept.out_LRNH[at]), want))
-    return worst
+def decode_start(prefiller: Prefiller, last_BD: jax.Array, tokens_BT: np.ndarray) -> tuple[Request, Decoding]:
+    """A request for greedy decoding behind the prompt, and its first token."""
+    length_B = jnp.array([tokens_BT.shape[1]], jnp.int32)
+    settings = [SamplingParams(greedy=True, ignore_eos=True, max_new_tokens=DECODED).resolve()]
+    seen_BV = seen_tokens(jnp.asarray(tokens_BT), length_B, prefiller.config.vocab_size)
+    request = Request(
+        length_B, length_B * 0 + DECODED, jnp.full((1, 1), -1, jnp.int32),
+        SamplingControls.stack(settings), row_keys(settings),
+    )  # fmt: skip
+    return request, first_token(prefiller.logits(last_BD), request, seen_BV)
 
 
 def decode_seconds(
-    prefiller: Prefiller, last_BD: jax.Array, cache: KVCache, tokens_BT: np.ndarray, blocks: int = 4
-) -> tuple[float, KVCache]:
-    """Median seconds a token of greedy decoding behind the prompt, and the cache."""
-    length_B = jnp.array([tokens_BT.shape[1]], jnp.int32)
-    settings = [SamplingParams(greedy=True, ignore_eos=True, max_new_tokens=BLOCK * (blocks + 1)).resolve()]
-    seen_BV = seen_tokens(jnp.asarray(tokens_BT), length_B, prefiller.config.vocab_size)
-    request = Request(
-        length_B, length_B * 0 + BLOCK * (blocks + 1), jnp.full((1, 1), -1, jnp.int32),
-        SamplingControls.stack(settings), row_keys(settings),
-    )  # fmt: skip
-    state = first_token(prefiller.logits(last_BD), request, seen_BV)
+    prefiller: Prefiller, last_BD: jax.Array, cache: KVCache, tokens_BT: np.ndarray
+) -> tuple[list[float], KVCache]:
+    """Seconds a token of every block of greedy decoding behind the prompt, and the cache."""
+    request, state = decode_start(prefiller, last_BD, tokens_BT)
     times = []
-    for _ in range(blocks):
+    for _ in range(DECODED // BLOCK):
         begin = time.perf_counter()
         tokens_BN, cache, state = decode_block(
             prefiller.graph, prefiller.params, request, cache, state, jnp.int32(BLOCK)
         )
         tokens_BN.block_until_ready()
         times.append((time.perf_counter() - begin) / BLOCK)
-    return float(np.median(times[1:])), cache  # the first one compiles
+    return times, cache
+
+
+def compile_all(
+    prefiller: Prefiller, tokens_BT: np.ndarray, cache: KVCache
+) -> tuple[dict[str, float], KVCache]:
+    """Compiles what the run needs, side by side: (seconds until each was there, the cache with the first piece)."""
+    begin = time.perf_counter()
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), cache)
+    plan = prefiller.pieces(0, tokens_BT.shape[1], cache.capacity)
+    blank_BD = jnp.zeros((1, prefiller.config.hidden_size), prefiller.dtype)
+
+    def prefill() -> None:
+        prefiller.compile(np.array([tokens_BT.shape[1]]), abstract)
+
+    def decode() -> None:
+        request, state = decode_start(prefiller, blank_BD, tokens_BT)
+        decode_block.lower(
+            prefiller.graph, prefiller.params, request, abstract, state, jnp.int32(BLOCK)
+        ).compile()
+
+    def checks() -> None:
+        compile_probe(prefiller, tokens_BT, abstract, plan[0])
+
+    seconds: dict[str, float] = {}
+
+    def timed(work: Callable[[], None]) -> None:
+        work()
+        seconds[work.__name__] = time.perf_counter() - begin
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(timed, (prefill, decode, checks)))
+    cache = timed_prefill(prefiller, tokens_BT, cache, plan[:1]).cache
+    return seconds | {"first piece": time.perf_counter() - begin}, cache
 
 
 def peak_bytes() -> int:
@@ -314,9 +180,10 @@ def find_slash(
     plan = prefiller.pieces(0, tokens_BT.shape[1], cache.capacity)
     slash = int(wanted * tokens_BT.shape[1] / 2)
     prefiller.sparse = with_slash(prefiller.config, slash)
-    _, _, cache = timed_prefill(prefiller, tokens_BT, cache)
+    cache = timed_prefill(prefiller, tokens_BT, cache).cache
     for _ in range(4):
-        probed, cache = probe(prefiller, tokens_BT, cache, with_slash(prefiller.config, slash), plan[1::6])
+        prefiller.sparse = with_slash(prefiller.config, slash)
+        probed, cache = probe(prefiller, tokens_BT, cache, plan[1::6])
         density, _ = density_of(prefiller.config, plan, probed)
         print(f"  slash budget {slash}: density {density:.4f} by every sixth piece", flush=True)
         if abs(density - wanted) < 0.01 * wanted:
@@ -335,78 +202,71 @@ def main() -> None:
     parser.add_argument("--density", type=float, help="of a sparse run; without it attention is dense")
     parser.add_argument("--slash", type=int, help="slash budget that is known to give the density")
     parser.add_argument("--kv-dtype", choices=sorted(KV_DTYPES), default="bf16")
-    parser.add_argument("--trace", action="store_true", help="trace two pieces: seconds by part")
+    parser.add_argument("--matmul", choices=["fp8"], help="products of the linear layers")
+    parser.add_argument("--trace", type=int, default=0, help="pieces to trace: seconds by part")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     config = config_of(args.model, args.layers)
     begin = time.perf_counter()
-    model = structured_model(config, farthest=min(200_000, args.tokens // 3))
+    model = structured_model(config, farthest=min(200_000, args.tokens // 3), matmul=args.matmul)
     kv_dtype = KV_DTYPES[args.kv_dtype]
     if is_8_bit(kv_dtype):
         model = balanced(model)  # as LLM does
     graph, params = nnx.split(model)
-    capacity = capacity_for(args.tokens + 5 * BLOCK, config.max_position_embeddings + 5 * BLOCK)
-    cache = jax.block_until_ready(init_cache(config, 1, capacity, kv_dtype))
+    capacity = capacity_for(args.tokens + DECODED + 1, config.max_position_embeddings + DECODED + 1)
+    cache = jax.block_until_ready(init_cache(config, 1, capacity, kv_dtype, mesh_of(model.embed.weight[...])))
     weights, cached = (sum(x.nbytes for x in jax.tree.leaves(tree)) for tree in (params, cache))
     print(f"weights and cache made in {time.perf_counter() - begin:.1f} s", flush=True)
     prefiller = Prefiller(graph, params, config, default_chunk(config))
     tokens_BT = np.random.default_rng(0).integers(SINKS, config.vocab_size, (1, args.tokens), dtype=np.int32)
     tokens_BT[0, :SINKS] = range(SINKS)
     plan = prefiller.pieces(0, args.tokens, capacity)
-
-    begin = time.perf_counter()
+    result: dict[str, Any] = {
+        "command": "bench_prefill.py", "model": args.model, "layers": config.num_layers, "tokens": args.tokens,
+        "kv_dtype": args.kv_dtype, "matmul": args.matmul, "weight_bytes": weights, "cache_bytes": cached,
+    }  # fmt: skip
     if args.density:
         slash = args.slash
         if slash is None:
             slash, cache = find_slash(prefiller, tokens_BT, cache, args.density)
         prefiller.sparse = with_slash(config, slash)
+        result |= {"vertical": VERTICAL, "slash": slash}
     sparse = prefiller.sparse
-    # Every piece of a long prompt runs the same program.
-    _, _, cache = timed_prefill(prefiller, tokens_BT, cache, plan[:1])
-    print(f"compiled, and budgets found, in {time.perf_counter() - begin:.1f} s", flush=True)
-    seconds, last_BD, cache = timed_prefill(prefiller, tokens_BT, cache)
-    result: dict[str, Any] = {
-        "command": "bench_prefill.py", "model": args.model, "layers": config.num_layers, "tokens": args.tokens,
-        "kv_dtype": args.kv_dtype, "seconds": seconds, "weight_bytes": weights, "cache_bytes": cached,
-        "peak_beyond_weights_and_cache_bytes": peak_bytes() - weights - cached,
-    }  # fmt: skip
-    report(args.out, result)
-    decode, cache = decode_seconds(prefiller, last_BD, cache, tokens_BT)
-    report(args.out, result, decode_ms_a_token=1e3 * decode)
+    compiled, cache = compile_all(prefiller, tokens_BT, cache)
+    report(args.out, result, compiled_after_seconds=compiled)
 
-    edges = {*range(0, args.tokens, model.rotary.chunk_len or args.tokens), args.tokens}
-    at_edges = [piece for piece in plan if edges & {piece.start, piece.start + piece.length}]
-    checked = at_edges if sparse else at_edges[-2:]  # dense pieces take as long again
-    probing = sorted({*checked, *plan[1::6]}, key=lambda p: p.start) if sparse else checked
-    probed, cache = probe(prefiller, tokens_BT, cache, sparse, probing)
-    density, by_piece = density_of(config, plan, probed) if sparse else (1.0, {})
-    linear, attention = flops(config, args.tokens, density)
-    if sparse:
-        result |= {
-            "slash": slash,
-            "vertical": VERTICAL,
-            "separate_bands_a_head": separate_bands(probed[-1][1]),
-        }
+    seconds, last_BD, cache = timed_prefill(prefiller, tokens_BT, cache)
+    peak = peak_bytes() - weights - cached
     report(
         args.out,
         result,
-        density=density,
-        density_by_piece=by_piece,
-        tflops=(linear + attention) / seconds / 1e12,
+        seconds=sum(seconds),
+        piece_seconds=seconds,
+        peak_beyond_weights_and_cache_bytes=peak,
     )
-    error = worst_error(model, cache, [p for p in probed if p[0] in checked], args.tokens, sparse is not None)
-    report(args.out, result, worst_row_error=error)
+    decode, cache = decode_seconds(prefiller, last_BD, cache, tokens_BT)
+    report(args.out, result, decode_ms_a_token=[1e3 * x for x in decode])
+
     if args.trace:
-        pieces = plan[len(plan) // 2 :: len(plan) // 2 - 1]
+        pieces = plan[-1 :: -max(1, len(plan) // args.trace)][: args.trace]
         with traced() as parts:
-            seconds, _, cache = timed_prefill(prefiller, tokens_BT, cache, pieces)
-        starts = [piece.start for piece in pieces]
-        report(
-            args.out,
-            result,
-            traced={"starts": starts, "wall": seconds, **parts.seconds},
-            longest=parts.longest,
-        )
+            found = timed_prefill(prefiller, tokens_BT, cache, pieces)
+        cache = found.cache
+        traces = {"starts": [piece.start for piece in pieces], "wall": sum(found.seconds), **parts.seconds}
+        report(args.out, result, traced=traces, longest=parts.longest)
+
+    edges = {*range(0, args.tokens, model.rotary.chunk_len or args.tokens), args.tokens}
+    checked = [piece for piece in plan if edges & {piece.start, piece.start + piece.length}]
+    if sparse is None:
+        checked = checked[-2:]  # dense pieces take as long again
+    probed, cache = probe(prefiller, tokens_BT, cache, checked)
+    density, by_piece = density_of(config, plan, probed) if sparse else (1.0, {})
+    if sparse:
+        result |= {"separate_bands_a_head": separate_bands(probed[-1][1])}
+    rate = sum(flops(config, args.tokens, density)) / sum(seconds) / 1e12
+    report(args.out, result, density=density, density_by_piece=by_piece, tflops=rate)
+    error = worst_error(model, cache, probed, args.tokens, sparse is not None)
+    report(args.out, result, worst_row_error=error)
     if not error <= 1e-2:
         raise SystemExit(f"attention is wrong: row error {error}")
 

@@ -265,6 +265,7 @@ def prefill(
         shared = {"cluster": (tiling.cluster,), "cluster_names": ("cluster",)}
     return plgpu.kernel(
         kernel,
+        kernel_name="dense_prefill",
         out_type=[
             jax.ShapeDtypeStruct((B, T, N, H), dtype),
             jax.ShapeDtypeStruct((B, N, q_tiles * tiling.rows), jnp.float32),

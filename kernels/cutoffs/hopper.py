@@ -56,6 +56,7 @@ def cutoffs(arrays: int, rows: int, size: int) -> Callable[..., tuple[jax.Array,
 
     return plgpu.kernel(
         kernel,
+        kernel_name="cutoffs",
         out_type=[jax.ShapeDtypeStruct((arrays * rows,), jnp.int32)] * 2,
         scratch_types=[plgpu.SMEM((1 << _BITS,), jnp.int32), plgpu.SMEM((4,), jnp.int32)],
         grid=(arrays * rows,),

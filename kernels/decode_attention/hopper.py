@@ -153,6 +153,7 @@ def decode(
     )  # fmt: skip
     return plgpu.kernel(
         kernel,
+        kernel_name="decode_attention",
         out_type=[
             jax.ShapeDtypeStruct((items, rows, H), jnp.float32),
             jax.ShapeDtypeStruct((items, ROWS), jnp.float32),

@@ -256,6 +256,7 @@ def log_sum_exps(
     stages = tiling.stages(problem)
     return _kernel(
         kernel, problem, wgs, interpret,
+        kernel_name="line_scores_norms",
         out_type=jax.ShapeDtypeStruct((items * wgs, G, ROWS), jnp.float32),
         scratch_types=[
             plgpu.SMEM((G, ROWS, H), dtype, transforms=tiled(2, H)),
@@ -383,6 +384,7 @@ def line_sums(
 
     return _kernel(
         kernel, problem, wgs, interpret,
+        kernel_name="line_scores_sums",
         out_type=[
             jax.ShapeDtypeStruct((problem.pairs * G, problem.tiles * TILE), jnp.float32),
             jax.ShapeDtypeStruct((problem.pairs * G, problem.tiles, DIAGONALS), jnp.float32),

@@ -286,6 +286,7 @@ def sparse_prefill(
     free = plgpu.Barrier(num_arrivals=WGS, num_barriers=stages)
     return plgpu.kernel(
         kernel,
+        kernel_name="sparse_prefill",
         out_type=[
             jax.ShapeDtypeStruct((B, T, N, H), dtype),
             jax.ShapeDtypeStruct((B, N, problem.query_tiles * BAND), jnp.float32),

@@ -1,0 +1,209 @@
+"""What a prefilled prompt is checked and counted by: some of its pieces run once more, keeping queries, outputs and lines.
+
+What a piece sees lies before it, so it computes again what it computed in its turn.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import attention_tools as tools
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from qwen_jax.attention import prefill_layer
+from qwen_jax.cache import KVCache, read_layer
+from qwen_jax.config import ModelConfig
+from qwen_jax.kernels.line_scores.api import line_scores
+from qwen_jax.kernels.sparse_attention.bands import BAND, tile_distances
+from qwen_jax.model import Qwen2
+from qwen_jax.prefill import Piece, Prefiller
+from qwen_jax.sparsity.attention import SparsePrefill
+from qwen_jax.sparsity.cost_aware import Piece as Rows
+from qwen_jax.sparsity.cost_aware import computed_pairs
+
+
+class Kept(NamedTuple):
+    """What a piece leaves for the checks: of its first and last real row R, in the first and last layer L.
+
+    q_LRNH, out_LRNH: queries, not rotated, and attention output. columns_LNS, bands_LNM: the lines, packed to bits.
+    pairs_L: float32, computed pairs of every layer, all heads.
+    """
+
+    q_LRNH: jax.Array
+    out_LRNH: jax.Array
+    columns_LNS: jax.Array
+    bands_LNM: jax.Array
+    pairs_L: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames="graph", donate_argnames="cache")
+def probe_piece(
+    graph: nnx.GraphDef,
+    params: nnx.State,
+    tokens_BT: jax.Array,
+    start: jax.Array,
+    last: jax.Array,
+    length_B: jax.Array,
+    cache: KVCache,
+    sparse: SparsePrefill | None,
+) -> tuple[Kept, KVCache]:
+    """A piece of the prefilled prompt once more, keeping what the checks and the density need.
+
+    What a piece sees lies before it, so it computes again what it computed in its turn, the same lines too. `last` is its
+    last real row.
+    """
+    model: Qwen2 = nnx.merge(graph, params)
+    c = model.config
+    T, S = tokens_BT.shape[1], cache.capacity
+    scale_B = model.score_scale(length_B, length_B)
+    rows_R = jnp.stack([jnp.int32(0), last])
+    M = tile_distances(S)
+    row_LRNH = jnp.zeros((2, 2, c.num_heads, c.head_dim), model.embed.weight[...].dtype)
+    kept = Kept(
+        row_LRNH,
+        row_LRNH,
+        jnp.zeros((2, c.num_heads, -(-S // 8)), jnp.uint8),
+        jnp.zeros((2, c.num_heads, -(-M // 8)), jnp.uint8),
+        jnp.zeros(c.num_layers, jnp.float32),
+    )
+
+    def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, state: Any, layer: jax.Array) -> Any:
+        cache, kept = state
+        out_BTNH, cache = prefill_layer(
+            None, q_BTNH, k_BTKH, v_BTKH, cache, sparse,
+            layer=layer, start=start, first=jnp.int32(0), prompt_len_B=length_B, scale_B=scale_B, rotary=model.rotary,
+            backend=None,
+        )  # fmt: skip
+        new = {"q_LRNH": q_BTNH[0, rows_R], "out_LRNH": out_BTNH[0, rows_R]}
+        pairs_L = kept.pairs_L
+        if sparse is not None:
+            end_B = jnp.minimum(start + T, length_B)
+            k_LBKSH, _, at = read_layer(cache, layer, q_BTNH.dtype)
+            scores = line_scores(
+                q_BTNH,
+                k_LBKSH,
+                layer=at,
+                q_start=start,
+                kv_len_B=length_B,
+                rotary=model.rotary,
+                scale_B=scale_B,
+            )
+            columns_BNS, bands_BNM = sparse.choose(*scores, layer=layer, q_start=start, end_B=end_B)
+            new |= {
+                "columns_LNS": jnp.packbits(columns_BNS[0], axis=-1),
+                "bands_LNM": jnp.packbits(bands_BNM[0], axis=-1),
+            }
+            pairs_L = pairs_L.at[layer].set(computed_pairs(columns_BNS, bands_BNM, Rows(start, end_B)).sum())
+        at_L = layer == jnp.array([0, c.num_layers - 1])
+        news = {
+            name: jnp.where(at_L.reshape(-1, *[1] * x.ndim), x, getattr(kept, name))
+            for name, x in new.items()
+        }
+        return out_BTNH, (cache, kept._replace(pairs_L=pairs_L, **news))
+
+    positions_BT = jnp.broadcast_to(start + jnp.arange(T, dtype=jnp.int32), tokens_BT.shape)
+    _, (cache, kept) = model.run_layers(model.embed(tokens_BT), positions_BT, (cache, kept), attend)
+    return kept, cache
+
+
+def probe(
+    prefiller: Prefiller, tokens_BT: np.ndarray, cache: KVCache, plan: list[Piece]
+) -> tuple[list[tuple[Piece, Kept]], KVCache]:
+    """What the pieces of `plan` keep, and the cache."""
+    out = []
+    for piece in plan:
+        kept, cache = probe_piece(*_arguments(prefiller, tokens_BT, cache, piece))
+        out.append((piece, jax.tree.map(np.asarray, kept)))
+    return out, cache
+
+
+def compile_probe(prefiller: Prefiller, tokens_BT: np.ndarray, cache: KVCache, piece: Piece) -> None:
+    """Compiles what `probe` runs for pieces of this size; an abstract cache will do."""
+    probe_piece.lower(*_arguments(prefiller, tokens_BT, cache, piece)).compile()
+
+
+def _arguments(prefiller: Prefiller, tokens_BT: np.ndarray, cache: KVCache, piece: Piece) -> tuple[Any, ...]:
+    rows = np.zeros((1, piece.padded), np.int32)
+    rows[:, : piece.length] = tokens_BT[:, piece.start : piece.start + piece.length]
+    return (
+        prefiller.graph, prefiller.params, jnp.asarray(rows), jnp.int32(piece.start), jnp.int32(piece.length - 1),
+        jnp.array([tokens_BT.shape[1]], jnp.int32), cache, prefiller.sparse,
+    )  # fmt: skip
+
+
+def density_of(
+    config: ModelConfig, plan: list[Piece], probed: list[tuple[Piece, Kept]]
+) -> tuple[float, dict[int, float]]:
+    """Computed pairs over causal pairs: of the whole plan, and of each probed piece by its first position.
+
+    The computed pairs of a row in the other pieces lie on the line between those of their neighbours.
+    """
+    heads = config.num_heads * config.num_layers
+    a_row = [float(kept.pairs_L.sum(dtype=np.float64)) / heads / piece.length for piece, kept in probed]
+    ends = [piece.start + piece.length for piece, _ in probed]
+    causal = [piece.start + (piece.length + 1) / 2 for piece in plan]  # of a row, on average
+    lengths = [piece.length for piece in plan]
+    found = np.interp([piece.start + piece.length for piece in plan], ends, a_row)
+    each = {
+        piece.start: round(pairs / (piece.start + (piece.length + 1) / 2), 4)
+        for pairs, (piece, _) in zip(a_row, probed, strict=True)
+    }
+    return float(np.minimum(found, causal) @ lengths / (np.array(causal) @ lengths)), each
+
+
+def separate_bands(kept: Kept) -> int:
+    """Median over the heads of the first and last layer: runs of neighbouring tile distances."""
+    bands = np.unpackbits(kept.bands_LNM, axis=-1).astype(np.int8)
+    starts = (np.diff(bands, axis=-1, prepend=0) == 1).sum(-1)
+    return int(np.median(starts))
+
+
+@functools.partial(jax.jit, static_argnames="capacity")
+def computed_keys(columns_NS: jax.Array, bands_NM: jax.Array, i_R: jax.Array, capacity: int) -> jax.Array:
+    """bool[R, N, S] of packed columns and bands, straight from the contract of `attend_lines`."""
+    columns_NS = jnp.unpackbits(columns_NS, axis=-1, count=capacity).astype(bool)
+    bands_NM = jnp.unpackbits(bands_NM, axis=-1).astype(bool)
+    apart_RS = i_R[:, None] // BAND - jnp.arange(capacity) // BAND
+    in_band_NRS = (bands_NM[:, jnp.maximum(apart_RS, 0)] & (apart_RS > 0)) | (apart_RS == 0)
+    return jnp.moveaxis(in_band_NRS, 0, 1) | columns_NS
+
+
+def worst_error(
+    model: Qwen2,
+    cache: KVCache,
+    probed: list[tuple[Piece, Kept]],
+    tokens: int,
+    sparse: bool,
+) -> float:
+    """Largest relative error of attention in the first and last row of the probed pieces, in the first and the last layer.
+
+    Against float32 from what the cache holds: an 8-bit cache is expanded.
+    """
+    scale = float(model.score_scale(*[jnp.array([tokens])] * 2)[0])
+    worst = 0.0
+    for piece, kept in probed:
+        i_R = np.array([piece.start, piece.start + piece.length - 1])
+        for at, layer in enumerate((0, model.config.num_layers - 1)):
+            k_LBKSH, v_LBKSH, index = read_layer(cache, jnp.int32(layer), jnp.float32)
+            k_KSH, v_KSH = k_LBKSH[index, 0], v_LBKSH[index, 0]
+            keep_RNS = None
+            if sparse:
+                keep_RNS = computed_keys(
+                    kept.columns_LNS[at], kept.bands_LNM[at], jnp.asarray(i_R), k_KSH.shape[1]
+                )
+            want, _ = tools.exact(
+                jnp.asarray(kept.q_LRNH[at]),
+                i_R,
+                k_KSH,
+                v_KSH,
+                kv_len=tokens,
+                rotary=model.rotary,
+                scale=scale,
+                keep_RNS=keep_RNS,
+            )
+            worst = max(worst, tools.worst_row_error(jnp.asarray(kept.out_LRNH[at]), want))
+    return worst
