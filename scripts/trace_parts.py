@@ -12,11 +12,14 @@ from pathlib import Path
 import jax
 from jax.profiler import ProfileData
 
-# The first pattern that a kernel's name holds decides. All Mosaic GPU kernels go by one name, so attention, line scores and
-# selection cannot be told apart here; `bench_line_scores.py` and `bench_sparse.py` time them alone.
+# The first pattern that a kernel's name holds decides. What XLA makes of the line scores, the selection and the lists beside
+# their kernels is part of the rest, with norms, rotations and what is added.
 PARTS = {
-    "attention, line scores, selection": re.compile(r"mosaic", re.I),
+    "attention": re.compile(r"dense_prefill|sparse_prefill|decode_attention|cudnn|flash", re.I),
+    "line scores": re.compile(r"line_scores", re.I),
+    "selection": re.compile(r"cutoffs", re.I),
     "linear": re.compile(r"gemm|nvjet|cutlass|cublas|matmul|xmma|dot", re.I),
+    "copies": re.compile(r"memcpy|memset|copy", re.I),
 }
 
 
@@ -29,7 +32,7 @@ class Parts:
 
 
 @contextlib.contextmanager
-def traced(longest: int = 12) -> Iterator[Parts]:
+def traced(longest: int = 40) -> Iterator[Parts]:
     """Traces what runs inside; the caller waits for its results before the block ends."""
     parts = Parts()
     with tempfile.TemporaryDirectory() as folder:
