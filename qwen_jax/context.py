@@ -17,13 +17,16 @@ from qwen_jax.spread import Spread
 CAPACITY_STEP = 256
 
 
-def capacity_for(tokens: int, max_len: int, multiple: int = 1) -> int:
+def capacity_for(tokens: int, max_len: int, multiple: int = 1, chunk: int | None = None) -> int:
     """Positions to allocate for `tokens`: at most a quarter more than needed, and at most what max_len needs.
 
-    The step is an eighth of the next power of two, so that few programs are compiled, then rounded up to a multiple.
+    The step is an eighth of the next power of two, so that few programs are compiled, then rounded up to a multiple; from 16
+    prefill pieces of `chunk`, if that is a multiple of 256, on to whole ones: the last then runs the program of the others.
     """
     step = max(CAPACITY_STEP, 1 << max(0, (tokens - 1).bit_length() - 3))
-    return _round_up(min(_round_up(tokens, step), _round_up(max_len, CAPACITY_STEP)), multiple)
+    capacity = _round_up(min(_round_up(tokens, step), _round_up(max_len, CAPACITY_STEP)), multiple)
+    whole = chunk and chunk % CAPACITY_STEP == 0 and capacity >= 16 * chunk
+    return _round_up(capacity, chunk) if chunk and whole else capacity
 
 
 def _round_up(n: int, step: int) -> int:

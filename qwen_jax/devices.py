@@ -34,6 +34,7 @@ class DeviceKind:
         bandwidth: reading memory, bytes/s.
         source: where these figures come from.
         topology_dims: numbers in a TPU topology; 0 for a GPU, which is counted.
+        fp8_flops: the same of e4m3, FLOP/s; 0 where `matmul="fp8"` gains nothing.
         per_chip: devices a chip shows.
         matrix_unit: width of the matrix unit. A head narrower than that fills it in part only, whatever the
             schedule, which caps attention; 0 where nothing is lost.
@@ -44,6 +45,7 @@ class DeviceKind:
     flops: float
     bandwidth: float
     source: str
+    fp8_flops: float = 0
     topology_dims: int = 0
     per_chip: int = 1
     matrix_unit: int = 0
@@ -63,11 +65,11 @@ _VENDOR, _MEASURED = "vendor", "measured"
 KINDS = {
     kind.name: kind
     for kind in (
-        DeviceKind("h200", 150.8e9, 790e12, 4.3e12, _MEASURED),
-        DeviceKind("h100", 85.0e9, 989e12, 3.35e12, _VENDOR),
+        DeviceKind("h200", 150.8e9, 790e12, 4.3e12, _MEASURED, 1476e12),
+        DeviceKind("h100", 85.0e9, 989e12, 3.35e12, _VENDOR, 1979e12),
         DeviceKind("a100-40gb", 42.2e9, 312e12, 1.555e12, _VENDOR),
         DeviceKind("a100-80gb", 84.9e9, 312e12, 2.039e12, _VENDOR),
-        DeviceKind("b200", 180e9, 2250e12, 8.0e12, _VENDOR),
+        DeviceKind("b200", 180e9, 2250e12, 8.0e12, _VENDOR, 4500e12),
         DeviceKind("v5e", 15.75 * GIB, 197e12, 0.819e12, _VENDOR, topology_dims=2, matrix_unit=128),
         DeviceKind("v5p", 95.73 * GIB, 459e12, 2.765e12, _VENDOR, topology_dims=3, matrix_unit=128),
         DeviceKind("v6e", 31.24 * GIB, 918e12, 1.638e12, _VENDOR, topology_dims=2, matrix_unit=256),

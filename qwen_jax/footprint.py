@@ -25,6 +25,7 @@ class Footprint:
     Attributes:
         context: tokens a row, and `batch` rows. chunk: tokens of a prefill piece.
         kv_dtype, weight_dtype: keys of `DTYPE_BYTES`.
+        matmul: "fp8": prefill multiplies fp8 weights with activations rounded to fp8; None: as the activations are.
         density: share of the causal attention that prefill computes.
         mesh: size of each of `sharding.AXES`, which divide the model and multiply to the devices.
         fraction: share of a device's memory that JAX may use.
@@ -36,6 +37,7 @@ class Footprint:
     batch: int
     kv_dtype: str
     weight_dtype: str
+    matmul: str | None
     chunk: int
     density: float
     mesh: dict[str, int]
@@ -80,8 +82,8 @@ class Footprint:
 
         The residual stream and its normed copy are always there; beside them either attention (q, k, v, three
         rotations of q, output and its log-sum-exp, an expanded layer of an 8-bit cache) or the MLP (gate, up, product).
-        Attention holds the queries of the whole piece on every device of the context axis, the rest only its share of
-        them. Then the last logits.
+        Attention holds the queries of the whole piece on every device of the context axis, and float32 outputs on their way
+        back, the rest only its share of them. Then the last logits.
         A test holds this against a compiled program; what kernels keep for themselves comes on top.
         """
         c, tensor, element = self.config, self.mesh[TENSOR], self.element
@@ -89,9 +91,11 @@ class Footprint:
         share = -(-self.chunk // self.mesh[CONTEXT]) * self.rows
         residual = 2 * share * c.hidden_size * element
         projected = share * (c.num_heads + 2 * c.num_kv_heads) // tensor * c.head_dim * element
-        rotations = 3 if c.dual_chunk else 1
-        heads = c.num_heads // tensor
-        attended = piece * heads * (c.head_dim * element * (rotations + 1) + 4)
+        queries, lse = piece * c.num_heads // tensor * c.head_dim, 4 * piece * c.num_heads // tensor
+        attended = queries * element * ((3 if c.dual_chunk else 1) + 1) + lse
+        if self.mesh[CONTEXT] > 1:  # all queries are gathered; outputs are weighted and added up in float32
+            met = queries * (element + 4) + 4 * share * c.num_heads // tensor * c.head_dim + lse
+            attended = max(attended + queries * element, met)
         mlp = 3 * share * c.intermediate_size // tensor * element
         logits = 4 * self.rows * c.vocab_size // tensor
         return residual + max(projected + attended + self._expanded_bytes(), mlp) + logits
@@ -113,7 +117,7 @@ class Footprint:
         pairs = self.context * (self.context + 1) / 2 * self.density
         attention = 4 * pairs * c.num_heads * c.head_dim * c.num_layers
         return (
-            self.rows * linear / (shared * kind.flops),
+            self.rows * linear / (shared * (kind.fp8_flops if self.matmul else kind.flops)),
             self.rows * attention / (shared * kind.attention_flops(c.head_dim)),
         )
 

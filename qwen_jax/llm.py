@@ -353,7 +353,7 @@ class LLM:
 
     def _empty_cache(self, rows: int, tokens: int) -> KVCache:
         multiple = self._spread.round if self._spread else 1
-        capacity = capacity_for(tokens, self.max_len, multiple)
+        capacity = capacity_for(tokens, self.max_len, multiple, self._prefiller.chunk)
         return init_cache(self.config, self._padded(rows), capacity, self._kv_dtype, self._mesh)
 
     def _padded(self, rows: int) -> int:

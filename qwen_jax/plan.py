@@ -18,6 +18,7 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.devices import FRACTION_VARIABLES, DeviceSet, client_memory_fraction, parse_devices
 from qwen_jax.errors import QwenJaxError
 from qwen_jax.footprint import DTYPE_BYTES, Footprint
+from qwen_jax.linear import check_weight_dtype
 from qwen_jax.prefill import default_chunk
 from qwen_jax.sharding import AXES, CONTEXT, DATA, TENSOR, widest_tensor
 
@@ -37,6 +38,7 @@ class Plan:
     Attributes:
         context: tokens of prompt and answer a row, and `batch` rows.
         kv_dtype, weight_dtype: what the cache and the weights are stored in.
+        matmul: "fp8" for products of fp8 in prefill, or None.
         prefill_chunk: tokens of a prefill piece.
         density: share of the causal attention that prefill computes.
         devices: what it runs on. mesh: size of the axes data, context and tensor.
@@ -52,6 +54,7 @@ class Plan:
     batch: int
     kv_dtype: str
     weight_dtype: str
+    matmul: str | None
     prefill_chunk: int
     density: float
     devices: DeviceSet
@@ -115,6 +118,7 @@ def plan(
     batch: int = 1,
     kv_dtype: str | None = None,
     weight_dtype: str | None = None,
+    matmul: str | None = None,
     prefill_chunk: int | None = None,
     density: float = 1.0,
     mesh: Mapping[str, int] | str | None = None,
@@ -131,6 +135,7 @@ def plan(
             the weights, the config's when they have 8 bits.
         weight_dtype: the same names; 8 bits hold the layers' matrices, the rest stays in the config's dtype. None:
             the config's.
+        matmul: "fp8": fp8 weights, and products of fp8 in prefill, as `load` takes it.
         prefill_chunk: tokens of a prefill piece, default `prefill.default_chunk`.
         density: share of the causal attention that a sparse prefill computes, in (0, 1].
         mesh: sizes of data, context and tensor, as a mapping or "context=2,tensor=4". None: the widest tensor axis
@@ -140,10 +145,17 @@ def plan(
     Raises:
         PlanError: a value outside its range, or a mesh that does not suit the devices or the model. A plan that does
             not fit is no error here: see `Plan.check`.
+        QwenJaxError: `matmul` of another name, or with other weights than fp8.
         DeviceError: devices that are not understood.
     """
     chosen = parse_devices(devices) if isinstance(devices, str) else devices
-    weight_dtype = weight_dtype or config.dtype
+    if matmul:
+        check_weight_dtype(weight_dtype, matmul)
+        if not chosen.kind.fp8_flops:
+            raise PlanError(
+                f"matmul={matmul!r} gains nothing on {chosen.kind.name}: weight_dtype='fp8' alone saves the memory"
+            )
+    weight_dtype = matmul or weight_dtype or config.dtype
     kv_dtype = kv_dtype or (config.dtype if DTYPE_BYTES.get(weight_dtype) == 1 else weight_dtype)
     prefill_chunk = default_chunk(config) if prefill_chunk is None else prefill_chunk
     _check_counts(context=context, batch=batch, prefill_chunk=prefill_chunk)
@@ -163,6 +175,7 @@ def plan(
         batch=batch,
         kv_dtype=kv_dtype,
         weight_dtype=weight_dtype,
+        matmul=matmul,
         chunk=min(prefill_chunk, context),
         density=float(density),
         mesh=_mesh(config, chosen, mesh),
@@ -179,6 +192,7 @@ def _made(f: Footprint) -> Plan:
         batch=f.batch,
         kv_dtype=f.kv_dtype,
         weight_dtype=f.weight_dtype,
+        matmul=f.matmul,
         prefill_chunk=f.chunk,
         density=f.density,
         devices=f.devices,
@@ -312,6 +326,7 @@ def render(made: Plan) -> RenderableType:
     kind = made.devices.kind
     rows = f"{made.batch} x " if made.batch > 1 else ""
     sparse = "" if made.density == 1 else f" at {made.density:.0%} density"
+    linear = f"linear in {made.matmul}" if made.matmul else "linear"
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
@@ -329,7 +344,7 @@ def render(made: Plan) -> RenderableType:
     table.add_row(
         "prefill",
         f">= {_seconds(made.prefill_seconds)}",
-        f"{_seconds(made.prefill_linear_seconds)} linear + {_seconds(made.prefill_attention_seconds)} attention{sparse}",
+        f"{_seconds(made.prefill_linear_seconds)} {linear} + {_seconds(made.prefill_attention_seconds)} attention{sparse}",
     )
     table.add_row(
         "per token",

@@ -238,7 +238,7 @@ class Prefiller:
 
     def _fixed(self, prompt_len_B: np.ndarray) -> tuple[jax.Array, SparsePrefill | None]:
         """What all pieces of prompts are given."""
-        sparse = self.sparse if self.sparse and self.sparse.serves(prompt_len_B) else None
+        sparse = self.sparse.for_prompts(prompt_len_B) if self.sparse else None
         return jnp.asarray(prompt_len_B, jnp.int32), sparse
 
     def _arguments(
@@ -273,7 +273,7 @@ class Prefiller:
         )
         # As `model(tokens)`: the temperature is that of all T tokens. Rows after the first are empty.
         length_B = jnp.zeros(cache.batch, jnp.int32).at[0].set(T)
-        sparse = self.sparse if self.sparse and self.sparse.serves(np.array([T])) else None
+        sparse = self.sparse.for_prompts(np.array([T])) if self.sparse else None
         out = []
         for piece in self.pieces(start, T - 1, cache.capacity):
             logp_BT, cache = _score_piece(

@@ -24,10 +24,12 @@ from enum import IntEnum
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from qwen_jax.config import DualChunk, ModelConfig, Yarn
 
 _LOW = 512  # angles are looked up as position = high * _LOW + low
+_MANY = 1024  # positions whose sines are worth a pass of their own
 
 
 class Stage(IntEnum):
@@ -127,6 +129,8 @@ class Rotary:
     def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """Rotates x [..., T, heads, H] by positions int32[..., T], half-split pairs, in float32; keeps x's dtype."""
         cos, sin = self.cos_sin(positions)
+        if positions.shape[-1] >= _MANY:  # else XLA looks them up again for every head
+            cos, sin = lax.optimization_barrier((cos, sin))
         cos, sin = cos[..., None, :], sin[..., None, :]
         a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
         return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

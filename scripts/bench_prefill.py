@@ -28,6 +28,7 @@ from trace_parts import traced
 
 from qwen_jax.balance import balanced
 from qwen_jax.cache import KVCache, init_cache, is_8_bit
+from qwen_jax.cli import options
 from qwen_jax.config import ModelConfig
 from qwen_jax.context import capacity_for
 from qwen_jax.decode import BLOCK, Decoding, Request, decode_block, first_token
@@ -157,10 +158,14 @@ def compile_all(
     return seconds | {"first piece": time.perf_counter() - begin}, cache
 
 
+def held_bytes(tree: Any) -> int:
+    """Bytes that one device holds of the arrays of a pytree."""
+    return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
+
+
 def peak_bytes() -> int:
     """Largest number of bytes in use on a device so far."""
-    stats = jax.devices()[0].memory_stats() or {}
-    return int(stats.get("peak_bytes_in_use", 0))
+    return max(int((device.memory_stats() or {}).get("peak_bytes_in_use", 0)) for device in jax.devices())
 
 
 def flops(config: ModelConfig, tokens: int, density: float) -> tuple[float, float]:
@@ -203,27 +208,33 @@ def main() -> None:
     parser.add_argument("--slash", type=int, help="slash budget that is known to give the density")
     parser.add_argument("--kv-dtype", choices=sorted(KV_DTYPES), default="bf16")
     parser.add_argument("--matmul", choices=["fp8"], help="products of the linear layers")
+    parser.add_argument("--mesh", help="sizes of context and tensor, as in tensor=2; default: one device")
     parser.add_argument("--trace", type=int, default=0, help="pieces to trace: seconds by part")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     config = config_of(args.model, args.layers)
     begin = time.perf_counter()
-    model = structured_model(config, farthest=min(200_000, args.tokens // 3), matmul=args.matmul)
+    farthest = min(200_000, args.tokens // 3)
+    model = structured_model(config, farthest=farthest, matmul=args.matmul, mesh=options.mesh(args.mesh))
     kv_dtype = KV_DTYPES[args.kv_dtype]
     if is_8_bit(kv_dtype):
         model = balanced(model)  # as LLM does
     graph, params = nnx.split(model)
-    capacity = capacity_for(args.tokens + DECODED + 1, config.max_position_embeddings + DECODED + 1)
-    cache = jax.block_until_ready(init_cache(config, 1, capacity, kv_dtype, mesh_of(model.embed.weight[...])))
-    weights, cached = (sum(x.nbytes for x in jax.tree.leaves(tree)) for tree in (params, cache))
+    whole = model.spread.round if model.spread else 1
+    chunk = default_chunk(config, whole)
+    most = max(args.tokens, config.max_position_embeddings) + DECODED + 1
+    capacity = capacity_for(args.tokens + DECODED + 1, most, whole, chunk)
+    mesh = mesh_of(model.embed.weight[...])
+    cache = jax.block_until_ready(init_cache(config, 1, capacity, kv_dtype, mesh))
+    weights, cached = held_bytes(params), held_bytes(cache)
     print(f"weights and cache made in {time.perf_counter() - begin:.1f} s", flush=True)
-    prefiller = Prefiller(graph, params, config, default_chunk(config))
+    prefiller = Prefiller(graph, params, config, chunk)
     tokens_BT = np.random.default_rng(0).integers(SINKS, config.vocab_size, (1, args.tokens), dtype=np.int32)
     tokens_BT[0, :SINKS] = range(SINKS)
     plan = prefiller.pieces(0, args.tokens, capacity)
     result: dict[str, Any] = {
         "command": "bench_prefill.py", "model": args.model, "layers": config.num_layers, "tokens": args.tokens,
-        "kv_dtype": args.kv_dtype, "matmul": args.matmul, "weight_bytes": weights, "cache_bytes": cached,
+        "kv_dtype": args.kv_dtype, "matmul": args.matmul, "mesh": args.mesh, "weight_bytes": weights, "cache_bytes": cached,
     }  # fmt: skip
     if args.density:
         slash = args.slash

@@ -17,13 +17,14 @@ from flax import nnx
 from qwen_jax.attention import prefill_layer
 from qwen_jax.cache import KVCache, read_layer
 from qwen_jax.config import ModelConfig
-from qwen_jax.kernels.line_scores.api import line_scores
+from qwen_jax.kernels.blocks import Share
 from qwen_jax.kernels.sparse_attention.bands import BAND, tile_distances
 from qwen_jax.model import Qwen2
 from qwen_jax.prefill import Piece, Prefiller
-from qwen_jax.sparsity.attention import SparsePrefill
+from qwen_jax.sparsity.attention import SparsePrefill, choose_lines
 from qwen_jax.sparsity.cost_aware import Piece as Rows
 from qwen_jax.sparsity.cost_aware import computed_pairs
+from qwen_jax.spread import gather_queries
 
 
 class Kept(NamedTuple):
@@ -60,7 +61,7 @@ def probe_piece(
     c = model.config
     T, S = tokens_BT.shape[1], cache.capacity
     scale_B = model.score_scale(length_B, length_B)
-    rows_R = jnp.stack([jnp.int32(0), last])
+    rows_R = model.row(jnp.stack([jnp.int32(0), last]), T)
     M = tile_distances(S)
     row_LRNH = jnp.zeros((2, 2, c.num_heads, c.head_dim), model.embed.weight[...].dtype)
     kept = Kept(
@@ -71,28 +72,39 @@ def probe_piece(
         jnp.zeros(c.num_layers, jnp.float32),
     )
 
+    spread, rotary = model.spread, model.rotary
+    blocks = spread.blocks if spread else None
+
+    def lines(
+        q_BTNH: jax.Array, cache: KVCache, sparse: SparsePrefill, layer: jax.Array, start: jax.Array,
+        length_B: jax.Array, scale_B: jax.Array, share: Share | None = None,
+    ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+        k_LBKSH, _, at = read_layer(cache, layer, q_BTNH.dtype)
+        return choose_lines(
+            gather_queries(q_BTNH, share), k_LBKSH, sparse,
+            layer=at, budgets_layer=layer, q_start=start, prompt_len_B=length_B, rotary=rotary, scale_B=scale_B,
+            first=start, share=share,
+        )  # fmt: skip
+
     def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, state: Any, layer: jax.Array) -> Any:
         cache, kept = state
         out_BTNH, cache = prefill_layer(
-            None, q_BTNH, k_BTKH, v_BTKH, cache, sparse,
-            layer=layer, start=start, first=jnp.int32(0), prompt_len_B=length_B, scale_B=scale_B, rotary=model.rotary,
+            spread, q_BTNH, k_BTKH, v_BTKH, cache, sparse,
+            layer=layer, start=start, first=start, prompt_len_B=length_B, scale_B=scale_B, rotary=rotary,
             backend=None,
         )  # fmt: skip
         new = {"q_LRNH": q_BTNH[0, rows_R], "out_LRNH": out_BTNH[0, rows_R]}
         pairs_L = kept.pairs_L
         if sparse is not None:
+            arguments = q_BTNH, cache, sparse, layer, start, length_B, scale_B
+            if spread is None:
+                columns_BNS, bands_BNM = lines(*arguments)
+            else:
+                letters = ("BTN", "LBKS", "LN", "", "", "B", "B")
+                columns_BNS, bands_BNM = spread.run(lines, letters, ("BNS", "BN"), *arguments)
+            if blocks:
+                columns_BNS = blocks.undeal(columns_BNS, 2)
             end_B = jnp.minimum(start + T, length_B)
-            k_LBKSH, _, at = read_layer(cache, layer, q_BTNH.dtype)
-            scores = line_scores(
-                q_BTNH,
-                k_LBKSH,
-                layer=at,
-                q_start=start,
-                kv_len_B=length_B,
-                rotary=model.rotary,
-                scale_B=scale_B,
-            )
-            columns_BNS, bands_BNM = sparse.choose(*scores, layer=layer, q_start=start, end_B=end_B)
             new |= {
                 "columns_LNS": jnp.packbits(columns_BNS[0], axis=-1),
                 "bands_LNM": jnp.packbits(bands_BNM[0], axis=-1),
@@ -106,7 +118,11 @@ def probe_piece(
         return out_BTNH, (cache, kept._replace(pairs_L=pairs_L, **news))
 
     positions_BT = jnp.broadcast_to(start + jnp.arange(T, dtype=jnp.int32), tokens_BT.shape)
-    _, (cache, kept) = model.run_layers(model.embed(tokens_BT), positions_BT, (cache, kept), attend)
+    if blocks:
+        tokens_BT, positions_BT = (blocks.deal(x, 1) for x in (tokens_BT, positions_BT))
+    x_BTD = model.embed(tokens_BT)
+    x_BTD = spread.place(x_BTD, "BT") if spread else x_BTD
+    _, (cache, kept) = model.run_layers(x_BTD, positions_BT, (cache, kept), attend)
     return kept, cache
 
 
@@ -129,9 +145,11 @@ def compile_probe(prefiller: Prefiller, tokens_BT: np.ndarray, cache: KVCache, p
 def _arguments(prefiller: Prefiller, tokens_BT: np.ndarray, cache: KVCache, piece: Piece) -> tuple[Any, ...]:
     rows = np.zeros((1, piece.padded), np.int32)
     rows[:, : piece.length] = tokens_BT[:, piece.start : piece.start + piece.length]
+    tokens = tokens_BT.shape[1]
+    sparse = prefiller.sparse.for_prompts(np.array([tokens])) if prefiller.sparse else None
     return (
         prefiller.graph, prefiller.params, jnp.asarray(rows), jnp.int32(piece.start), jnp.int32(piece.length - 1),
-        jnp.array([tokens_BT.shape[1]], jnp.int32), cache, prefiller.sparse,
+        jnp.array([tokens], jnp.int32), cache, sparse,
     )  # fmt: skip
 
 
@@ -190,6 +208,8 @@ def worst_error(
         for at, layer in enumerate((0, model.config.num_layers - 1)):
             k_LBKSH, v_LBKSH, index = read_layer(cache, jnp.int32(layer), jnp.float32)
             k_KSH, v_KSH = k_LBKSH[index, 0], v_LBKSH[index, 0]
+            if model.spread and model.spread.blocks:
+                k_KSH, v_KSH = (model.spread.blocks.undeal(x, 1) for x in (k_KSH, v_KSH))
             keep_RNS = None
             if sparse:
                 keep_RNS = computed_keys(

@@ -17,3 +17,5 @@ def test_a_cache_holds_what_is_asked_and_little_more(max_len: int, data: st.Data
 def test_few_programs_are_compiled() -> None:
     assert len({capacity_for(n, 1 << 20) for n in range(1, 1 << 20, 97)}) < 60
     assert capacity_for(1_010_000, 1_010_000) == 1_010_176
+    assert capacity_for(1_010_000, 1_010_000, chunk=31_744) == 32 * 31_744
+    assert capacity_for(31_744, 1_010_000, chunk=31_744) == 32_768

@@ -14,6 +14,7 @@ from rich.console import Console
 from qwen_jax.cache import abstract_cache
 from qwen_jax.config import DualChunk, ModelConfig
 from qwen_jax.devices import KINDS, DeviceError, client_memory_fraction, parse_devices
+from qwen_jax.errors import QwenJaxError
 from qwen_jax.model import Qwen2
 from qwen_jax.params import num_params
 from qwen_jax.plan import Plan, PlanError, plan, render
@@ -206,6 +207,30 @@ def test_activations_are_what_the_compiled_program_asks_for(kv_dtype: str) -> No
     asked = compiled.memory_analysis().temp_size_in_bytes
     made = plan(model, capacity, "h200:1", prefill_chunk=T, kv_dtype=kv_dtype)
     assert made.activation_bytes == pytest.approx(asked, rel=0.1)
+
+
+def test_a_context_axis_gathers_queries_and_sends_outputs_back_in_float32() -> None:
+    small_mlp = config(3584, 3584, 28, 4, 28)
+    made = plan(small_mlp, 1_010_000, "h200:2", mesh="context=2", prefill_chunk=31_744)
+    queries, share = 31_744 * 28 * 128, 31_744 // 2
+    attention = share * (28 + 8) * 128 * 2 + queries * 2 * (1 + 3 + 1) + 31_744 * 28 * 4
+    assert made.activation_bytes == attention + 2 * share * 3584 * 2 + 4 * 152_064
+    plain = dataclasses.replace(small_mlp, dual_chunk=None)
+    made = plan(plain, 1_010_000, "h200:2", mesh="context=2", prefill_chunk=31_744)
+    back = share * (28 + 8) * 128 * 2 + queries * (2 + 4 + 4 // 2) + 31_744 * 28 * 4
+    assert made.activation_bytes == back + 2 * share * 3584 * 2 + 4 * 152_064
+
+
+def test_fp8_products_halve_the_weights_and_raise_the_rate() -> None:
+    wide, narrow = plan(B7, 1_010_000, "h200:1"), plan(B7, 1_010_000, "h200:1", matmul="fp8")
+    assert (narrow.weight_dtype, narrow.kv_dtype) == ("fp8", "bfloat16")
+    assert narrow.weight_bytes == plan(B7, 1_010_000, "h200:1", weight_dtype="fp8").weight_bytes
+    assert narrow.prefill_linear_seconds == pytest.approx(wide.prefill_linear_seconds * 790 / 1476)
+    assert narrow.prefill_attention_seconds == wide.prefill_attention_seconds
+    with pytest.raises(PlanError, match="gains nothing on v5p"):
+        plan(B7, 1_010_000, "v5p:2x2x1", matmul="fp8")
+    with pytest.raises(QwenJaxError, match="multiplies fp8 weights"):
+        plan(B7, 1_010_000, "h200:1", matmul="fp8", weight_dtype="int8")
 
 
 def test_splitting_divides_the_work() -> None:

@@ -29,6 +29,7 @@ def command(
     batch: Annotated[int, typer.Option(help="Prompts at once.")] = 1,
     kv_dtype: Annotated[str | None, typer.Option(help="Of the cache: bfloat16, int8, fp8 ...")] = None,
     weight_dtype: Annotated[str | None, typer.Option(help="Of the weights: bfloat16, int8, fp8 ...")] = None,
+    matmul: model.Matmul = None,
     density: Annotated[float, typer.Option(help="Share of the attention that prefill computes.")] = 1.0,
     prefill_chunk: Annotated[int | None, typer.Option(help="Tokens of a prefill piece.")] = None,
     mesh: Annotated[
@@ -56,6 +57,7 @@ def command(
         batch=batch,
         kv_dtype=kv_dtype,
         weight_dtype=weight_dtype,
+        matmul=matmul,
         prefill_chunk=prefill_chunk,
         density=density,
         mesh=mesh,

@@ -22,6 +22,8 @@ from qwen_jax.sparsity.budgets import LineBudgets
 from qwen_jax.sparsity.cost_aware import Piece, computed_pairs, select_bands
 from qwen_jax.sparsity.selection import select_lines
 
+ALL_SPARSE = -1
+
 
 @dataclasses.dataclass(frozen=True)
 class SparsePrefill:
@@ -29,7 +31,7 @@ class SparsePrefill:
 
     Attributes:
         budgets: lines of every layer and head.
-        threshold: prompts longer than this many tokens are sparse, all others dense.
+        threshold: prompts longer than this many tokens are sparse, all others dense; with ALL_SPARSE there are no others.
         last_queries: queries at the end of a piece that choose its lines.
         bands: None: the published rule, columns and diagonals within the budget. A number: columns and bands by attention per
             key computed, for that share of the pairs that the published rule would compute (`cost_aware`).
@@ -67,9 +69,12 @@ class SparsePrefill:
             last_queries=self.last_queries, most_columns=self.most_columns,
         )  # fmt: skip
 
-    def serves(self, prompt_len_B: np.ndarray) -> bool:
-        """Whether any of these prompts, lengths in tokens, is sparse; if none is, nothing here is part of the program."""
-        return bool((np.asarray(prompt_len_B) > self.threshold).any())
+    def for_prompts(self, prompt_len_B: np.ndarray) -> SparsePrefill | None:
+        """What a program for prompts of these lengths, in tokens, needs: None if all are dense, no dense part if none is."""
+        long_B = np.asarray(prompt_len_B) > self.threshold
+        if not long_B.any():
+            return None
+        return dataclasses.replace(self, threshold=ALL_SPARSE) if long_B.all() else self
 
 
 jax.tree_util.register_dataclass(
@@ -107,21 +112,46 @@ def attend_prompts(
     long_B = prompt_len_B > sparse.threshold
     # A row of no keys costs nothing: each half does the rows of the other kind for free.
     sparse_len_B, dense_len_B = jnp.where(long_B, prompt_len_B, 0), jnp.where(long_B, 0, prompt_len_B)
-    columns_BNS, diagonals_BNS = line_scores(
-        q_BTNH, k_LBKSH, kv_len_B=sparse_len_B, last_queries=sparse.last_queries, first=first, **common
-    )
-    end_B = jnp.minimum(q_start + q_BTNH.shape[1], sparse_len_B)
-    choose = functools.partial(_choose_together, share=share) if share else SparsePrefill.choose
-    columns_BNS, bands_BNM = choose(
-        sparse, columns_BNS, diagonals_BNS, layer=layer, q_start=first, end_B=end_B
-    )
+    columns_BNS, bands_BNM = choose_lines(
+        q_BTNH, k_LBKSH, sparse,
+        budgets_layer=layer, prompt_len_B=sparse_len_B, first=first, **common,
+    )  # fmt: skip
     sparse_BTNH, sparse_BTN = attend_lines(
         q_BTNH, k_LBKSH, v_LBKSH,
         columns_BNS=columns_BNS, bands_BNM=bands_BNM, most_columns=sparse.most_columns, kv_len_B=sparse_len_B, **common,
     )  # fmt: skip
+    if sparse.threshold == ALL_SPARSE:
+        return sparse_BTNH, sparse_BTN
     dense_BTNH, dense_BTN = attend(q_BTNH, k_LBKSH, v_LBKSH, kv_len_B=dense_len_B, backend=backend, **common)
     out = jnp.where(long_B[:, None, None, None], sparse_BTNH, dense_BTNH)
     return out, jnp.where(long_B[:, None, None], sparse_BTN, dense_BTN)
+
+
+def choose_lines(
+    q_BTNH: jax.Array,
+    k_LBKSH: jax.Array,
+    sparse: SparsePrefill,
+    *,
+    layer: jax.Array,
+    budgets_layer: jax.Array,
+    q_start: jax.Array,
+    prompt_len_B: jax.Array,
+    rotary: Rotary,
+    scale_B: jax.Array,
+    first: jax.Array,
+    share: Share | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Columns by slot, bool[B, N, S], and bands, bool[B, N, M], of a piece, for `attend_lines`; rows of length 0 have none.
+
+    `layer` is that of the keys, `budgets_layer` that of the budgets; other arguments as `attend_prompts` takes them.
+    """
+    scores = line_scores(
+        q_BTNH, k_LBKSH, kv_len_B=prompt_len_B, last_queries=sparse.last_queries, layer=layer, q_start=q_start,
+        rotary=rotary, scale_B=scale_B, first=first, share=share,
+    )  # fmt: skip
+    end_B = jnp.minimum(q_start + q_BTNH.shape[1], prompt_len_B)
+    choose = functools.partial(_choose_together, share=share) if share else SparsePrefill.choose
+    return choose(sparse, *scores, layer=budgets_layer, q_start=first, end_B=end_B)
 
 
 def _choose_together(
