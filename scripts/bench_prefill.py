@@ -11,6 +11,7 @@ layer, are recomputed in float32 from the cache. Prints and writes seconds by pa
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,7 @@ from qwen_jax.cli import options
 from qwen_jax.config import ModelConfig
 from qwen_jax.context import capacity_for
 from qwen_jax.decode import BLOCK, Decoding, Request, decode_block, first_token
+from qwen_jax.model import Qwen2
 from qwen_jax.prefill import Piece, Prefiller, default_chunk
 from qwen_jax.sampling import SamplingControls, SamplingParams, row_keys, seen_tokens
 from qwen_jax.sharding import mesh_of
@@ -125,37 +127,31 @@ def decode_seconds(
     return times, cache
 
 
-def compile_all(
-    prefiller: Prefiller, tokens_BT: np.ndarray, cache: KVCache
-) -> tuple[dict[str, float], KVCache]:
-    """Compiles what the run needs, side by side: (seconds until each was there, the cache with the first piece)."""
+def compile_all(prefillers: dict[str, Prefiller], tokens_BT: np.ndarray, cache: KVCache) -> dict[str, float]:
+    """Compiles what the runs need, side by side: seconds until each program was there."""
     begin = time.perf_counter()
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), cache)
-    plan = prefiller.pieces(0, tokens_BT.shape[1], cache.capacity)
-    blank_BD = jnp.zeros((1, prefiller.config.hidden_size), prefiller.dtype)
 
-    def prefill() -> None:
+    def prefill(prefiller: Prefiller) -> None:
         prefiller.compile(np.array([tokens_BT.shape[1]]), abstract)
 
-    def decode() -> None:
+    def decode(prefiller: Prefiller) -> None:
+        blank_BD = jnp.zeros((1, prefiller.config.hidden_size), prefiller.dtype)
         request, state = decode_start(prefiller, blank_BD, tokens_BT)
-        decode_block.lower(
-            prefiller.graph, prefiller.params, request, abstract, state, jnp.int32(BLOCK)
-        ).compile()
+        graph, params = prefiller.graph, prefiller.params
+        decode_block.lower(graph, params, request, abstract, state, jnp.int32(BLOCK)).compile()
 
-    def checks() -> None:
+    def checks(prefiller: Prefiller) -> None:
+        plan = prefiller.pieces(0, tokens_BT.shape[1], cache.capacity)
         compile_probe(prefiller, tokens_BT, abstract, plan[0])
 
-    seconds: dict[str, float] = {}
-
-    def timed(work: Callable[[], None]) -> None:
-        work()
-        seconds[work.__name__] = time.perf_counter() - begin
+    def timed(work: Callable[[Prefiller], None], matmul: str) -> tuple[str, float]:
+        work(prefillers[matmul])
+        return f"{matmul} {work.__name__}", time.perf_counter() - begin
 
     with ThreadPoolExecutor() as pool:
-        list(pool.map(timed, (prefill, decode, checks)))
-    cache = timed_prefill(prefiller, tokens_BT, cache, plan[:1]).cache
-    return seconds | {"first piece": time.perf_counter() - begin}, cache
+        jobs = [pool.submit(timed, work, m) for work in (prefill, decode, checks) for m in prefillers]
+        return dict(job.result() for job in jobs)
 
 
 def held_bytes(tree: Any) -> int:
@@ -197,6 +193,69 @@ def find_slash(
     return slash, cache
 
 
+def first_token_seconds(
+    prefiller: Prefiller, tokens_BT: np.ndarray, cache: KVCache, repeats: int
+) -> tuple[list[float], KVCache]:
+    """Seconds from the prompt on the host to its first token there, `repeats` times, and the cache."""
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        *_, (_, last_BD, cache) = prefiller.run(tokens_BT, np.array([tokens_BT.shape[1]]), cache)
+        _, state = decode_start(prefiller, last_BD, tokens_BT)
+        np.asarray(state.token_B)
+        times.append(time.perf_counter() - begin)
+    return times, cache
+
+
+@dataclasses.dataclass
+class Bench:
+    """One way to run one model; what it measures goes to `report`, bit by bit."""
+
+    args: argparse.Namespace
+    model: Qwen2
+    prefiller: Prefiller
+    tokens_BT: np.ndarray
+    report: Callable[..., None]
+
+    def run(self, cache: KVCache, others: int) -> KVCache:
+        """Prefill, decoding, trace and checks; gives the cache back. `others`: bytes that other models hold."""
+        args, prefiller, config = self.args, self.prefiller, self.prefiller.config
+        plan = prefiller.pieces(0, args.tokens, cache.capacity)
+        held = {"weight_bytes": held_bytes(prefiller.params), "cache_bytes": held_bytes(cache)}
+        cache = timed_prefill(prefiller, self.tokens_BT, cache, plan[:1]).cache  # starts libraries
+        seconds, last_BD, cache = timed_prefill(prefiller, self.tokens_BT, cache)
+        beyond = peak_bytes() - sum(held.values()) - others
+        self.report(seconds=sum(seconds), piece_seconds=seconds, peak_beyond_bytes=beyond, **held)
+        decode, cache = decode_seconds(prefiller, last_BD, cache, self.tokens_BT)
+        self.report(decode_ms_a_token=[1e3 * x for x in decode])
+        if args.first_token:
+            first, cache = first_token_seconds(prefiller, self.tokens_BT, cache, args.first_token)
+            self.report(first_token_seconds=first)
+        if args.trace:
+            pieces = plan[-1 :: -max(1, len(plan) // args.trace)][: args.trace]
+            with traced() as parts:
+                found = timed_prefill(prefiller, self.tokens_BT, cache, pieces)
+            cache = found.cache
+            starts = [piece.start for piece in pieces]
+            self.report(
+                traced={"starts": starts, "wall": sum(found.seconds), **parts.seconds}, longest=parts.longest
+            )
+        assert config.dual_chunk
+        edges = {*range(0, args.tokens, config.dual_chunk.chunk_len), args.tokens}
+        checked = [piece for piece in plan if edges & {piece.start, piece.start + piece.length}]
+        sparse = prefiller.sparse is not None
+        if not sparse:
+            checked = checked[-2:]  # dense pieces take as long again
+        probed, cache = probe(prefiller, self.tokens_BT, cache, checked)
+        density, by_piece = density_of(config, plan, probed) if sparse else (1.0, {})
+        if sparse:
+            self.report(separate_bands_a_head=separate_bands(probed[-1][1]), density_by_piece=by_piece)
+        rate = sum(flops(config, args.tokens, density)) / sum(seconds) / 1e12
+        self.report(density=density, tflops=rate)
+        self.report(worst_row_error=worst_error(self.model, cache, probed, args.tokens, sparse))
+        return cache
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -207,87 +266,69 @@ def main() -> None:
     parser.add_argument("--density", type=float, help="of a sparse run; without it attention is dense")
     parser.add_argument("--slash", type=int, help="slash budget that is known to give the density")
     parser.add_argument("--kv-dtype", choices=sorted(KV_DTYPES), default="bf16")
-    parser.add_argument("--matmul", choices=["fp8"], help="products of the linear layers")
+    parser.add_argument(
+        "--matmul", nargs="+", choices=["bf16", "fp8"], default=["bf16"], help="of linear layers, in turn"
+    )
     parser.add_argument("--mesh", help="sizes of context and tensor, as in tensor=2; default: one device")
+    parser.add_argument("--first-token", type=int, default=0, help="times to measure it, for short prompts")
     parser.add_argument("--trace", type=int, default=0, help="pieces to trace: seconds by part")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     config = config_of(args.model, args.layers)
     begin = time.perf_counter()
-    farthest = min(200_000, args.tokens // 3)
-    model = structured_model(config, farthest=farthest, matmul=args.matmul, mesh=options.mesh(args.mesh))
     kv_dtype = KV_DTYPES[args.kv_dtype]
-    if is_8_bit(kv_dtype):
-        model = balanced(model)  # as LLM does
-    graph, params = nnx.split(model)
-    whole = model.spread.round if model.spread else 1
+
+    def model_of(matmul: str) -> Qwen2:
+        model = structured_model(
+            config,
+            farthest=min(200_000, args.tokens // 3),
+            matmul=None if matmul == "bf16" else matmul,
+            mesh=options.mesh(args.mesh),
+        )
+        return balanced(model) if is_8_bit(kv_dtype) else model  # as LLM does
+
+    models = {matmul: model_of(matmul) for matmul in args.matmul}
+    first = models[args.matmul[0]]
+    whole = first.spread.round if first.spread else 1
     chunk = default_chunk(config, whole)
     most = max(args.tokens, config.max_position_embeddings) + DECODED + 1
     capacity = capacity_for(args.tokens + DECODED + 1, most, whole, chunk)
-    mesh = mesh_of(model.embed.weight[...])
-    cache = jax.block_until_ready(init_cache(config, 1, capacity, kv_dtype, mesh))
-    weights, cached = held_bytes(params), held_bytes(cache)
+    cache = jax.block_until_ready(init_cache(config, 1, capacity, kv_dtype, mesh_of(first.embed.weight[...])))
     print(f"weights and cache made in {time.perf_counter() - begin:.1f} s", flush=True)
-    prefiller = Prefiller(graph, params, config, chunk)
     tokens_BT = np.random.default_rng(0).integers(SINKS, config.vocab_size, (1, args.tokens), dtype=np.int32)
     tokens_BT[0, :SINKS] = range(SINKS)
-    plan = prefiller.pieces(0, args.tokens, capacity)
     result: dict[str, Any] = {
         "command": "bench_prefill.py", "model": args.model, "layers": config.num_layers, "tokens": args.tokens,
-        "kv_dtype": args.kv_dtype, "matmul": args.matmul, "mesh": args.mesh, "weight_bytes": weights, "cache_bytes": cached,
+        "kv_dtype": args.kv_dtype, "mesh": args.mesh, "runs": {},
     }  # fmt: skip
+    prefillers = {matmul: Prefiller(*nnx.split(model), config, chunk) for matmul, model in models.items()}
     if args.density:
         slash = args.slash
         if slash is None:
-            slash, cache = find_slash(prefiller, tokens_BT, cache, args.density)
-        prefiller.sparse = with_slash(config, slash)
+            slash, cache = find_slash(prefillers[args.matmul[0]], tokens_BT, cache, args.density)
+        for prefiller in prefillers.values():
+            prefiller.sparse = with_slash(config, slash)
         result |= {"vertical": VERTICAL, "slash": slash}
-    sparse = prefiller.sparse
-    compiled, cache = compile_all(prefiller, tokens_BT, cache)
-    report(args.out, result, compiled_after_seconds=compiled)
+    result["compiled_after_seconds"] = compile_all(prefillers, tokens_BT, cache)
+    print(result, flush=True)
+    wrong = []
+    for matmul, prefiller in prefillers.items():
+        mine: dict[str, Any] = result["runs"].setdefault(matmul, {})
 
-    seconds, last_BD, cache = timed_prefill(prefiller, tokens_BT, cache)
-    peak = peak_bytes() - weights - cached
-    report(
-        args.out,
-        result,
-        seconds=sum(seconds),
-        piece_seconds=seconds,
-        peak_beyond_weights_and_cache_bytes=peak,
-    )
-    decode, cache = decode_seconds(prefiller, last_BD, cache, tokens_BT)
-    report(args.out, result, decode_ms_a_token=[1e3 * x for x in decode])
+        def report(mine: dict[str, Any] = mine, matmul: str = matmul, **more: Any) -> None:
+            """Prints what was added, and writes all that is known: a run that is cut short leaves that."""
+            mine |= more
+            print(matmul, more, flush=True)
+            if args.out:
+                results.write(args.out, result)
 
-    if args.trace:
-        pieces = plan[-1 :: -max(1, len(plan) // args.trace)][: args.trace]
-        with traced() as parts:
-            found = timed_prefill(prefiller, tokens_BT, cache, pieces)
-        cache = found.cache
-        traces = {"starts": [piece.start for piece in pieces], "wall": sum(found.seconds), **parts.seconds}
-        report(args.out, result, traced=traces, longest=parts.longest)
-
-    edges = {*range(0, args.tokens, model.rotary.chunk_len or args.tokens), args.tokens}
-    checked = [piece for piece in plan if edges & {piece.start, piece.start + piece.length}]
-    if sparse is None:
-        checked = checked[-2:]  # dense pieces take as long again
-    probed, cache = probe(prefiller, tokens_BT, cache, checked)
-    density, by_piece = density_of(config, plan, probed) if sparse else (1.0, {})
-    if sparse:
-        result |= {"separate_bands_a_head": separate_bands(probed[-1][1])}
-    rate = sum(flops(config, args.tokens, density)) / sum(seconds) / 1e12
-    report(args.out, result, density=density, density_by_piece=by_piece, tflops=rate)
-    error = worst_error(model, cache, probed, args.tokens, sparse is not None)
-    report(args.out, result, worst_row_error=error)
-    if not error <= 1e-2:
-        raise SystemExit(f"attention is wrong: row error {error}")
-
-
-def report(out: Path | None, result: dict[str, Any], **more: Any) -> None:
-    """Adds to the result, prints what was added, and writes all that is known: a run that is cut short leaves that."""
-    result |= more
-    print(more or result, flush=True)
-    if out:
-        results.write(out, result)
+        others = sum(held_bytes(p.params) for p in prefillers.values() if p is not prefiller)
+        bench = Bench(args, models[matmul], prefiller, tokens_BT, report)
+        cache = bench.run(cache, others)
+        if not mine["worst_row_error"] <= 1e-2:
+            wrong.append(matmul)
+    if wrong:
+        raise SystemExit(f"attention is wrong: {', '.join(wrong)}")
 
 
 if __name__ == "__main__":
