@@ -145,6 +145,7 @@ def decode(
     factors = plgpu.SMEM((slots, keys), jnp.float32)
     return plgpu.kernel(
         kernel,
+        kernel_name="decode_attention_8_bit",
         out_type=[
             jax.ShapeDtypeStruct((items, H // 8, 64), jnp.float32),
             jax.ShapeDtypeStruct((items, LSE_ROW), jnp.float32),
