@@ -28,7 +28,8 @@ from qwen_jax.rope import temperature
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Queries start .. start + queries of one prompt, or one query after `start` keys."""
+    """Queries start .. start + queries of one prompt, or one query after `start` keys. Our kernel takes them in two calls where
+    they pass position `cut`, as the model does at a multiple of s."""
 
     queries: int
     start: int
@@ -36,6 +37,7 @@ class Shape:
     cache: str = "bfloat16"
     head_dim: int = 128
     heads: tuple[int, int] = (28, 4)
+    cut: int | None = None
 
     @property
     def keys(self) -> int:
@@ -52,6 +54,12 @@ class Shape:
     @property
     def scale(self) -> float:
         return float(self.head_dim**-0.5)
+
+    @property
+    def pieces(self) -> list[tuple[int, int]]:
+        """(first position, queries) of each call."""
+        stops = [self.cut] * (self.cut is not None) + [self.keys]
+        return [(a, b - a) for a, b in zip([self.start, *stops], stops, strict=False)]
 
     @property
     def sample(self) -> np.ndarray:
@@ -147,34 +155,43 @@ def ours(shape: Shape, backend: str, **options: Any) -> Contender:
     else:
         options = {"backend": backend}
     call = jax.jit(functools.partial(function, rotary=rotary, **options))
-    length = jnp.full(1, shape.start if decode else shape.keys, jnp.int32)
-    arguments: dict[str, Any] = {
-        "scale_B": jnp.full(1, shape.scale, jnp.float32),
-        "layer": jnp.int32(0),
-    } | (
-        {"position_B": length, "prompt_len_B": length}
-        if decode
-        else {"q_start": jnp.int32(shape.start), "kv_len_B": length}
-    )
 
-    def operands(arrays: dict[str, Any]) -> tuple[Any, Any, Any, dict[str, Any]]:
+    def operands(arrays: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
         whole = arrays["k"].dtype == jnp.dtype(shape.cache)
         k, v = (arrays[n if whole else f"{n}_bf16"] for n in ("k", "v"))
-        return arrays["q"], k, v, arguments | (arrays["scales"] if whole else {})
+        common = {"scale_B": jnp.full(1, shape.scale, jnp.float32), "layer": jnp.int32(0)}
+        return k, v, common | (arrays["scales"] if whole else {})
+
+    def place(start: int, queries: int) -> dict[str, Any]:
+        length = jnp.full(1, start if decode else start + queries, jnp.int32)
+        if decode:
+            return {"position_B": length, "prompt_len_B": length}
+        return {"q_start": jnp.int32(start), "kv_len_B": length}
+
+    def rows(q: jax.Array, start: int, queries: int) -> jax.Array:
+        return q[:, 0] if decode else q[:, start - shape.start :][:, :queries]
 
     def compile_() -> Bind:
-        q, k, v, rest = operands(jax.eval_shape(functools.partial(make_inputs, shape)))
-        if decode:
-            q = jax.ShapeDtypeStruct((q.shape[0], *q.shape[2:]), q.dtype)
-        compiled = call.lower(q, k, v, **rest).compile()
+        arrays = jax.eval_shape(functools.partial(make_inputs, shape))
+        k, v, rest = operands(arrays)
+        compiled = [
+            call.lower(
+                jax.eval_shape(functools.partial(rows, start=start, queries=queries), arrays["q"]),
+                k, v, **rest, **place(start, queries),
+            ).compile()
+            for start, queries in shape.pieces
+        ]  # fmt: skip
 
         def bind(inputs: Inputs) -> Run:
-            q, k, v, rest = operands(vars(inputs))
-            q = q[:, 0] if decode else q
+            k, v, rest = operands(vars(inputs))
+            calls = [
+                functools.partial(program, rows(inputs.q, *piece), k, v, **rest, **place(*piece))
+                for program, piece in zip(compiled, shape.pieces, strict=True)
+            ]
             return Run(
-                lambda: compiled(q, k, v, **rest),
+                lambda: [call()[0] for call in calls],
                 jax.block_until_ready,
-                lambda result: result[0].reshape(shape.queries, *inputs.q.shape[2:]),
+                lambda outs: jnp.concatenate([out.reshape(-1, *inputs.q.shape[2:]) for out in outs]),
             )
 
         return bind

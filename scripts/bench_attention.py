@@ -43,7 +43,9 @@ SHAPES = {
     "chunk-at-128k": Shape(32 * K, 96 * K),
     "chunk-at-256k": Shape(32 * K, 224 * K),
     "chunk-at-1m": Shape(32 * K, 992 * K),
-    "dca-second-chunk": Shape(32 * K, 224 * K, tools.QWEN_1M),  # rows 229,376 to 262,143
+    "dca-second-chunk": Shape(
+        32 * K, 224 * K, tools.QWEN_1M, cut=tools.QWEN_1M.chunk_len
+    ),  # rows 229,376 to 262,143
     "dca-end": Shape(26_960, 983_040, tools.QWEN_1M),  # rows 983,040 to 1,009,999
     "decode-128k": Shape(1, 128 * K - 1),
     "decode-1m": Shape(1, 1024 * K - 1),
