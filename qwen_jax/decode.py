@@ -5,8 +5,7 @@ The host sees whole blocks of tokens, for streaming and stop strings; nothing cr
 
 from __future__ import annotations
 
-import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from flax import nnx
 from jax import lax
 
 from qwen_jax.cache import KVCache
+from qwen_jax.linear import IN_CUBLAS
 from qwen_jax.sampling import SamplingControls, mark_seen, sample, step_keys
 
 BLOCK = 32  # tokens between two looks of the host
@@ -79,7 +79,6 @@ def first_token(logits_BV: jax.Array, request: Request, seen_BV: jax.Array) -> D
     return _choose(logits_BV, request, start)
 
 
-@functools.partial(jax.jit, static_argnames="graph", donate_argnames=("cache", "state"))
 def decode_block(
     graph: nnx.GraphDef,
     params: nnx.State,
@@ -88,11 +87,25 @@ def decode_block(
     state: Decoding,
     steps: jax.Array,
 ) -> tuple[jax.Array, KVCache, Decoding]:
-    """Samples up to `steps` <= BLOCK more tokens a row.
+    """Samples up to `steps` <= BLOCK more tokens a row; cache and state are donated.
 
     Returns:
         (tokens int32[B, BLOCK], NO_TOKEN where a row had stopped; cache; state). The newest token of a row is not in the cache.
     """
+    found: tuple[jax.Array, KVCache, Decoding] = decode_program(params)(
+        graph, params, request, cache, state, steps
+    )
+    return found
+
+
+def _decode_block(
+    graph: nnx.GraphDef,
+    params: nnx.State,
+    request: Request,
+    cache: KVCache,
+    state: Decoding,
+    steps: jax.Array,
+) -> tuple[jax.Array, KVCache, Decoding]:
     model = nnx.merge(graph, params)
     out_BT = jnp.full((len(state.token_B), BLOCK), NO_TOKEN, jnp.int32)
 
@@ -114,3 +127,14 @@ def decode_block(
     if model.spread:  # small, and every process reads its own copy
         out_BT, state = jax.tree.map(lambda x: model.spread.place(x, ""), (out_BT, state))
     return out_BT, cache, state
+
+
+_STATIC: Any = {"static_argnames": "graph", "donate_argnames": ("cache", "state")}
+_in_cublas = jax.jit(_decode_block, **_STATIC, compiler_options=IN_CUBLAS)
+_in_either = jax.jit(_decode_block, **_STATIC)
+
+
+def decode_program(params: nnx.State) -> Any:
+    """The jitted `decode_block` for these weights: those of 8 bits cuBLAS would have widened in memory first."""
+    in_8_bits = any(x.dtype.itemsize == 1 for x in jax.tree.leaves(params["layers"]))
+    return _in_either if in_8_bits else _in_cublas

@@ -25,6 +25,9 @@ from qwen_jax.errors import QwenJaxError
 
 WEIGHT_DTYPES = {"int8": np.dtype(jnp.int8), "fp8": np.dtype(jnp.float8_e4m3fn)}
 MIN_FP8_ROWS = 128  # the smallest prefill piece
+# Products are cuBLAS's on NVIDIA GPUs; other compilers pass over it. XLA's own, in Triton, are not faster, take long to compile
+# (fp8: 25 s) and read a layer of few rows from a copy out of the stack.
+IN_CUBLAS = {"xla_gpu_enable_triton_gemm": False}
 
 
 def einsum(spec: str, *operands: jax.Array, out: jnp.dtype | None = None) -> jax.Array:

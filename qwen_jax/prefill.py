@@ -22,6 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from qwen_jax.cache import KVCache
 from qwen_jax.config import ModelConfig
+from qwen_jax.linear import IN_CUBLAS
 from qwen_jax.sparsity.attention import SparsePrefill
 
 MAX_CHUNK = 32_768
@@ -103,7 +104,7 @@ def piece_tokens(tokens_BT: np.ndarray, origin: int, piece: Piece) -> np.ndarray
     return np.pad(cut, ((0, 0), (before, piece.padded - piece.length - before)))
 
 
-@functools.partial(jax.jit, static_argnames="graph", donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames="graph", donate_argnames="cache", compiler_options=IN_CUBLAS)
 def _prefill_piece(
     graph: nnx.GraphDef,
     params: nnx.State,
@@ -135,7 +136,7 @@ def _head(graph: nnx.GraphDef, params: nnx.State, x_BD: jax.Array) -> jax.Array:
     return nnx.merge(graph, params).logits(x_BD)
 
 
-@functools.partial(jax.jit, static_argnames="graph", donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames="graph", donate_argnames="cache", compiler_options=IN_CUBLAS)
 def _score_piece(
     graph: nnx.GraphDef,
     params: nnx.State,

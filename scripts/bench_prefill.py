@@ -32,7 +32,7 @@ from qwen_jax.cache import KVCache, init_cache, is_8_bit
 from qwen_jax.cli import options
 from qwen_jax.config import ModelConfig
 from qwen_jax.context import capacity_for
-from qwen_jax.decode import BLOCK, Decoding, Request, decode_block, first_token
+from qwen_jax.decode import BLOCK, Decoding, Request, decode_block, decode_program, first_token
 from qwen_jax.model import Qwen2
 from qwen_jax.prefill import Piece, Prefiller, default_chunk
 from qwen_jax.sampling import SamplingControls, SamplingParams, row_keys, seen_tokens
@@ -139,7 +139,8 @@ def compile_all(prefillers: dict[str, Prefiller], tokens_BT: np.ndarray, cache: 
         blank_BD = jnp.zeros((1, prefiller.config.hidden_size), prefiller.dtype)
         request, state = decode_start(prefiller, blank_BD, tokens_BT)
         graph, params = prefiller.graph, prefiller.params
-        decode_block.lower(graph, params, request, abstract, state, jnp.int32(BLOCK)).compile()
+        program = decode_program(params)
+        program.lower(graph, params, request, abstract, state, jnp.int32(BLOCK)).compile()
 
     def checks(prefiller: Prefiller) -> None:
         plan = prefiller.pieces(0, tokens_BT.shape[1], cache.capacity)

@@ -19,6 +19,7 @@ from qwen_jax.cache import KVCache, read_layer
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.blocks import Share
 from qwen_jax.kernels.sparse_attention.bands import BAND, tile_distances
+from qwen_jax.linear import IN_CUBLAS
 from qwen_jax.model import Qwen2
 from qwen_jax.prefill import Piece, Prefiller
 from qwen_jax.sparsity.attention import SparsePrefill, choose_lines
@@ -41,7 +42,7 @@ class Kept(NamedTuple):
     pairs_L: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames="graph", donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames="graph", donate_argnames="cache", compiler_options=IN_CUBLAS)
 def probe_piece(
     graph: nnx.GraphDef,
     params: nnx.State,

@@ -181,7 +181,7 @@ def test_the_cache_is_updated_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     ones = jnp.ones(1, jnp.int32)
     request = Request(ones, ones, ones[:, None], SamplingControls.stack(settings), row_keys(settings))
     state = Decoding(ones, ones, ones, ones == 0, jnp.zeros((1, config.vocab_size), bool))
-    block = decode.decode_block.lower(graph, params, request, cache, state, jnp.int32(BLOCK))
+    block = decode.decode_program(params).lower(graph, params, request, cache, state, jnp.int32(BLOCK))
     expanded = 3 * 4 * cache.k.size // config.num_layers  # K, V, and the zeros they start from on a CPU
     for program, scratch in ((piece, expanded), (block, 0)):
         memory = program.compile().memory_analysis()

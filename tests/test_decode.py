@@ -54,7 +54,8 @@ def test_a_block_works_in_place() -> None:
     request = Request(one, one, one[:, None], SamplingControls.stack(settings), row_keys(settings))
     state = Decoding(one, one, one, one == 0, jnp.zeros((1, config.vocab_size), bool))
     memory = (
-        decode.decode_block.lower(graph, params, request, cache, state, jnp.int32(BLOCK))
+        decode.decode_program(params)
+        .lower(graph, params, request, cache, state, jnp.int32(BLOCK))
         .compile()
         .memory_analysis()
     )
