@@ -2,8 +2,9 @@
 
 Weights are drawn at random with heads that look where trained ones do (`structured_model`); a sparse run scales the slash
 budget until the density of the whole prompt, computed pairs over causal pairs, is what was asked. Each run is of the whole
-prompt and checks itself: attention rows at the ends of pieces around s, 2s, 3s and the end, in the first and in the last
-layer, are recomputed in float32 from the cache. Prints and writes seconds by part, density, peak memory, decode speed.
+prompt, but for `--sample`, which says so, and checks itself: attention rows at the ends of pieces around s, 2s, 3s and the
+end, in the first and in the last layer, are recomputed in float32 from the cache. Prints and writes seconds by part, density,
+peak memory, decode speed.
 
     python scripts/bench_prefill.py --model 7b --density 0.1 --out benchmarks/prefill-7b-sparse.json
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import results
 from flax import nnx
+from jax import lax
 from prefill_probe import compile_probe, density_of, probe, separate_bands, worst_error
 from structured_model import SINKS, structured_model
 from trace_parts import traced
@@ -97,6 +100,27 @@ def with_slash(config: ModelConfig, slash: int) -> SparsePrefill:
     """Every head with VERTICAL columns and `slash` diagonals."""
     heads = [[Budget(VERTICAL, slash)] * config.num_heads] * config.num_layers
     return SparsePrefill(LineBudgets.of(heads), threshold=32_768, last_queries=64)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def filled(cache: KVCache) -> KVCache:
+    """Random normal keys and values, where not every piece is computed."""
+
+    def layer(n: jax.Array, cache: KVCache) -> KVCache:
+        def fill(x: jax.Array) -> jax.Array:
+            new = jax.random.normal(jax.random.fold_in(jax.random.key(0), n), (1, *x.shape[1:]), x.dtype)
+            return lax.dynamic_update_slice_in_dim(x, new, n, 0)
+
+        return jax.tree.map(fill, cache)
+
+    return lax.fori_loop(0, len(cache.k), layer, cache)
+
+
+def stretched(plan: list[Piece], sampled: list[Piece], seconds: list[float]) -> list[float]:
+    """Seconds of every piece of a dense prefill: a row's are a line over its position, through those of the sampled pieces."""
+    middle = [piece.start + piece.length / 2 for piece in sampled]
+    line = np.polyfit(middle, [x / piece.length for x, piece in zip(seconds, sampled, strict=True)], 1)
+    return [float(np.polyval(line, piece.start + piece.length / 2)) * piece.length for piece in plan]
 
 
 def decode_start(prefiller: Prefiller, last_BD: jax.Array, tokens_BT: np.ndarray) -> tuple[Request, Decoding]:
@@ -224,7 +248,13 @@ class Bench:
         plan = prefiller.pieces(0, args.tokens, cache.capacity)
         held = {"weight_bytes": held_bytes(prefiller.params), "cache_bytes": held_bytes(cache)}
         cache = timed_prefill(prefiller, self.tokens_BT, cache, plan[:1]).cache  # starts libraries
-        seconds, last_BD, cache = timed_prefill(prefiller, self.tokens_BT, cache)
+        only = None
+        if args.sample:
+            cache, only = filled(cache), plan[-1 :: -(len(plan) // args.sample)][: args.sample]
+        seconds, last_BD, cache = timed_prefill(prefiller, self.tokens_BT, cache, only)
+        if only is not None:
+            self.report(sampled=dict(zip([piece.start for piece in only], seconds, strict=True)))
+            seconds = stretched(plan, only, seconds)
         beyond = peak_bytes() - sum(held.values()) - others
         self.report(seconds=sum(seconds), piece_seconds=seconds, peak_beyond_bytes=beyond, **held)
         decode, cache = decode_seconds(prefiller, last_BD, cache, self.tokens_BT)
@@ -245,8 +275,8 @@ class Bench:
         edges = {*range(0, args.tokens, config.dual_chunk.chunk_len), args.tokens}
         checked = [piece for piece in plan if edges & {piece.start, piece.start + piece.length}]
         sparse = prefiller.sparse is not None
-        if not sparse:
-            checked = checked[-2:]  # dense pieces take as long again
+        if not sparse:  # dense pieces take as long again
+            checked = checked[:2] if args.sample else checked[-2:]
         probed, cache = probe(prefiller, self.tokens_BT, cache, checked)
         density, by_piece = density_of(config, plan, probed) if sparse else (1.0, {})
         if sparse:
@@ -272,6 +302,9 @@ def main() -> None:
     )
     parser.add_argument("--mesh", help="sizes of context and tensor, as in tensor=2; default: one device")
     parser.add_argument("--first-token", type=int, default=0, help="times to measure it, for short prompts")
+    parser.add_argument(
+        "--sample", type=int, default=0, help="dense: compute only so many pieces, the cache random"
+    )
     parser.add_argument("--trace", type=int, default=0, help="pieces to trace: seconds by part")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
