@@ -3,9 +3,9 @@
     python scripts/bench_sparse_passkey.py --modes dense first refined bands bands:0.5     # on a GPU
 
 Three steps, each kept in --out as soon as it is done, so that a run that was broken off goes on where it was: the search makes
-first budgets on texts of the first length of --budgets, refinement raises them on texts of the second (of other seeds than the
-tasks), and every cell asks depths x trials tasks, the same ones in every mode. "bands" chooses by attention per key computed
-within the refined budgets, "bands:0.5" for half their pairs.
+first budgets on texts of the first length of --budgets, refinement raises them on texts of the second (of other seeds than
+the tasks), and every cell asks depths x trials tasks, the same ones in every mode; "right" holds a digit for each. "bands"
+chooses by attention per key computed within the refined budgets, "bands:0.5" for half their pairs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import results
 
 from qwen_jax.build import load
 from qwen_jax.evals import batched, demo, demo_folder
-from qwen_jax.evals.passkey import evaluate, make_task
+from qwen_jax.evals.passkey import grid_tasks, make_task
 from qwen_jax.model import Qwen2
 from qwen_jax.sparsity.attention import SparsePrefill
 from qwen_jax.sparsity.budgets import Budget, LineBudgets
@@ -56,13 +56,13 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="*", default=LENGTHS, metavar="TOKENS")
     parser.add_argument("--modes", nargs="+", default=["dense", "first", "refined", "bands"])
     parser.add_argument("--budgets", type=int, nargs=2, default=[16384, 130816], metavar="TOKENS")
-    parser.add_argument("--texts", type=int, default=1, help="calibration texts of each length")
+    parser.add_argument("--texts", type=int, default=2, help="calibration texts of each length")
     parser.add_argument("--keys", type=float, default=1024, help="keys a query that first budgets may cost")
-    parser.add_argument("--threshold", type=float, default=0.9)
-    parser.add_argument("--step", type=int, default=1024, help="smallest raise, lines")
-    parser.add_argument("--cap", type=int, default=8192)
+    parser.add_argument("--threshold", type=float, default=0.95)
+    parser.add_argument("--step", type=int, default=2048, help="smallest raise, lines")
+    parser.add_argument("--cap", type=int, default=24576)
     parser.add_argument("--depths", type=int, default=8)
-    parser.add_argument("--trials", type=int, default=14, help="tasks at each length and depth")
+    parser.add_argument("--trials", type=int, default=42, help="tasks at each length and depth")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--batch", type=int, default=56, help="tasks that run together")
     parser.add_argument("--dtype", help="of weights and cache; default: the checkpoint's, bfloat16")
@@ -71,7 +71,7 @@ def main() -> None:
     settings = {
         name: value for name, value in vars(args).items() if name not in ("out", "lengths", "modes", "batch")
     }
-    result: dict[str, Any] = {"cells": {}}
+    result: dict[str, Any] = {"cells": {}, "right": {}}
     if args.out.exists():
         result = json.loads(args.out.read_text())
         if result["settings"] != settings:
@@ -119,14 +119,24 @@ def main() -> None:
     # Short texts first, and every mode at a length before the next length.
     for length in args.lengths:
         for mode in args.modes:
-            if str(length) not in result["cells"].setdefault(mode, {}):
-                result["cells"][mode][str(length)] = cell(model, mode, length, result, args)
+            right = result["right"].setdefault(mode, {})
+            if str(length) not in right:
+                right[str(length)] = cell(model, mode, length, result, args)
+                count = right[str(length)].count("1")
+                result["cells"].setdefault(mode, {})[str(length)] = count
                 results.write(args.out, result)
-                say(f"{mode:10s} {length:7d}  {result['cells'][mode][str(length)]}/{result['asked']}")
+                dense = result["right"].get("dense", {}).get(str(length), right[str(length)])
+                lost, gained = (
+                    sum(pair == other for pair in zip(dense, right[str(length)], strict=True))
+                    for other in (("1", "0"), ("0", "1"))
+                )
+                say(
+                    f"{mode:10s} {length:7d}  {count}/{result['asked']}, against dense {lost} lost, {gained} gained"
+                )
 
 
-def cell(model: Qwen2, mode: str, length: int, result: dict[str, Any], args: argparse.Namespace) -> int:
-    """Right answers at one length."""
+def cell(model: Qwen2, mode: str, length: int, result: dict[str, Any], args: argparse.Namespace) -> str:
+    """The tasks of one length, a digit each: 1 is a right answer."""
     sparse = None
     if mode != "dense":
         name, _, share = mode.partition(":")
@@ -138,8 +148,10 @@ def cell(model: Qwen2, mode: str, length: int, result: dict[str, Any], args: arg
         sparse = SparsePrefill(arrays, THRESHOLD, LAST_QUERIES, bands)
     answer = batched.answerer(model, max(args.lengths), demo.PREFILL_CHUNK, sparse)
     depths = np.linspace(0, 1, args.depths).tolist()
-    grid = evaluate(answer, [length], depths, args.trials, seed=args.seed, batch=args.batch)
-    return int(grid.correct.sum())
+    tasks = grid_tasks(length, depths, args.trials, args.seed)
+    groups = [tasks[n : n + args.batch] for n in range(0, len(tasks), args.batch)]
+    answers = [text for group in groups for text in answer(group)]
+    return "".join(str(int(task.is_answer(text))) for task, text in zip(tasks, answers, strict=True))
 
 
 if __name__ == "__main__":

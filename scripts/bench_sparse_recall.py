@@ -3,9 +3,9 @@
     python scripts/bench_sparse_recall.py
 
 At every density the published rule gets the largest budgets, columns to diagonals as 1 to 1.5, that it computes no more with,
-head by head; the rule of bands then gets as many computed pairs as that really took. Recall is the attention on the computed
-keys, averaged over the queries of a piece. Heads: all of the shipped checkpoint on a pass key text, in two pieces, and
-synthetic ones whose structure is known: local, sinks, scattered slashes, and all of them together with a few columns.
+head by head; `--sparsity bands` then gets the same budgets, and computes no more pairs with them. Recall is the attention on
+the computed keys, averaged over the queries of a piece. Heads: all of the shipped checkpoint on a pass key text, in two
+pieces, and synthetic ones whose structure is known: local, sinks, scattered slashes, and all of them together with columns.
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ from qwen_jax.kernels.attention.api import attend
 from qwen_jax.kernels.line_scores.api import FORCED_COLUMNS, FORCED_DIAGONALS, line_scores
 from qwen_jax.kernels.sparse_attention.bands import BAND, bands_of
 from qwen_jax.kernels.sparse_attention.computed import computed_pairs
-from qwen_jax.sparsity.cost_aware import Piece, select_bands
+from qwen_jax.sparsity.attention import SparsePrefill
+from qwen_jax.sparsity.budgets import LineBudgets
 
-DENSITIES = (0.03, 0.05, 0.08, 0.12, 0.2, 0.3, 0.5)
+DENSITIES = (0.03, 0.05, 0.08, 0.12, 0.2, 0.3, 0.5, 0.7, 0.9)
+TICKS = (0.02, 0.05, 0.1, 0.2, 0.5, 0.9)  # of the plot
 SLASHES_A_COLUMN = 1.5
 LAST_QUERIES = 64
 
@@ -173,8 +175,8 @@ class Meter:
         diagonals_S[self.order_diagonals[: max(diagonals, FORCED_DIAGONALS)]] = True
         return columns_S, np.array(_bands_of(diagonals_S))
 
-    def at_density(self, density: float) -> tuple[np.ndarray, np.ndarray] | None:
-        """The published choice of the largest budgets within a density; None if the forced lines alone cost more."""
+    def at_density(self, density: float) -> tuple[int, int] | None:
+        """The largest published budgets within a density, columns and diagonals; None if the forced lines alone cost more."""
         causal = self.T * self.head.start + self.T * (self.T + 1) // 2
         low, high = 0, self.S
         if self.pairs(*self.published(0, 0)) > density * causal:
@@ -183,18 +185,22 @@ class Meter:
             middle = (low + high) // 2
             fits = self.pairs(*self.published(middle, round(SLASHES_A_COLUMN * middle))) <= density * causal
             low, high = (middle, high) if fits else (low, middle)
-        return self.published(low, round(SLASHES_A_COLUMN * low))
+        return low, round(SLASHES_A_COLUMN * low)
 
-    def bands(self, pairs: int) -> tuple[np.ndarray, np.ndarray]:
-        found = _select(
+    def bands(self, columns: int, diagonals: int) -> tuple[np.ndarray, np.ndarray]:
+        """What `--sparsity bands` chooses with these budgets."""
+        sizes = (max(columns, FORCED_COLUMNS), max(diagonals, FORCED_DIAGONALS))
+        budgets = LineBudgets(*(jnp.full((1, 1), size, jnp.int32) for size in sizes), self.S)
+        found = _choose(
+            SparsePrefill(budgets, threshold=0, last_queries=LAST_QUERIES, bands=1.0),
             jnp.asarray(self.head.columns_S)[None, None], jnp.asarray(self.head.diagonals_S)[None, None],
-            jnp.full((1, 1), pairs, jnp.float32), Piece(jnp.int32(self.head.start), jnp.array([self.end], jnp.int32)),
+            layer=0, q_start=self.head.start, end_B=jnp.array([self.end], jnp.int32),
         )  # fmt: skip
         return np.asarray(found[0][0, 0]), np.asarray(found[1][0, 0])
 
 
 _bands_of = jax.jit(bands_of)
-_select = jax.jit(functools.partial(select_bands, last_queries=LAST_QUERIES, most_columns=1 << 20))
+_choose = jax.jit(SparsePrefill.choose)
 
 
 def main() -> None:
@@ -214,11 +220,11 @@ def main() -> None:
         meter, found = Meter(head), []
         causal = meter.T * head.start + meter.T * (meter.T + 1) // 2
         for density in DENSITIES:
-            lines = meter.at_density(density)
-            if lines is None:
+            budgets = meter.at_density(density)
+            if budgets is None:
                 break
+            lines, chosen = meter.published(*budgets), meter.bands(*budgets)
             pairs = meter.pairs(*lines)
-            chosen = meter.bands(pairs)
             cost = meter.pairs(*chosen)
             assert cost <= pairs
             found.append((pairs / causal, meter.recall(*lines), cost / causal, meter.recall(*chosen)))
@@ -274,7 +280,7 @@ def draw(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
         ax.plot(cost, [row["bands"] for row in rows], "s-", color="tab:blue", label="bands")
         ax.set_title(kind, fontsize=10)
         ax.set_xscale("log")
-        ax.set_xticks(DENSITIES, [f"{d:.0%}" for d in DENSITIES], fontsize=7)
+        ax.set_xticks(TICKS, [f"{d:.0%}" for d in TICKS], fontsize=7)
         ax.minorticks_off()
         ax.grid(alpha=0.3)
         ax.set_xlabel("computed density")

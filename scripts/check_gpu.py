@@ -24,7 +24,7 @@ from qwen_jax.config import DualChunk
 from qwen_jax.kernels.attention.api import BACKENDS as PREFILL
 from qwen_jax.kernels.blocks import EVERYTHING, Blocks, Share
 from qwen_jax.kernels.cutoffs.api import BACKENDS as CUTOFFS
-from qwen_jax.kernels.cutoffs.ranks import rank_of
+from qwen_jax.kernels.cutoffs.ranks import Heavy, rank_of
 from qwen_jax.kernels.decode_attention.api import BACKENDS as DECODE
 from qwen_jax.kernels.line_scores.api import BACKENDS as LINES
 from qwen_jax.kernels.line_scores.api import line_scores
@@ -92,6 +92,7 @@ CUTOFF_CASES: dict[str, tuple[Any, ...]] = {
     "short rows": (3, 52, [0, 1, 40]),
     "many": (4, 50_000, [29, 1000, 40_000, 46_000]),
     "a whole cache": (3, 1 << 20, [20_000, 1, 1_000_000]),
+    "heavy ones": (4, 50_000, [29, 1000, 40_000, 300_000], Heavy(47_000, 128)),
 }  # fmt: skip
 
 # name: base-2 exponent of key j in every row, beside random ones of about 1. Whatever a kernel takes for a maximum
@@ -356,7 +357,7 @@ def check_lines(backend: str, case: tuple[Any, ...], seed: int) -> tuple[float, 
 
 def check_cutoffs(backend: str, case: tuple[Any, ...], seed: int) -> tuple[float, float, bool]:
     """(places chosen wrongly, in rows of one array and of another, is neither empty where it should not be); against a sort."""
-    rows, size, counts = case
+    rows, size, counts, *heavy = case
     rng = np.random.default_rng(seed)
     scores = np.exp(rng.normal(-10, 5, (rows, size))).astype(np.float32)
     scores[:, : size // 40] = np.inf
@@ -365,7 +366,8 @@ def check_cutoffs(backend: str, case: tuple[Any, ...], seed: int) -> tuple[float
         np.float32
     )
     count_AX = np.array([counts[:rows], counts[::-1][:rows]], np.int32)
-    find = jax.jit(lambda scores, count: CUTOFFS[backend](scores, count))
+    find = jax.jit(lambda scores, count: CUTOFFS[backend](scores, count, *heavy))
+    weight_S = np.where(np.arange(size) < heavy[0].first, 1, heavy[0].weight) if heavy else np.ones(size, int)
     least_AX, last_AX = find([jnp.asarray(scores), jnp.asarray(tied)], jnp.asarray(count_AX))
     wrong = []
     for x_XS, *cuts in zip((scores, tied), count_AX, np.asarray(least_AX), np.asarray(last_AX), strict=True):
@@ -373,7 +375,8 @@ def check_cutoffs(backend: str, case: tuple[Any, ...], seed: int) -> tuple[float
         for x_S, count, least, last in zip(x_XS, *cuts, strict=True):
             rank = np.asarray(rank_of(jnp.asarray(x_S)))
             kept = (rank > least) | ((rank == least) & (np.arange(size) <= last))
-            order = np.argsort(-rank, kind="stable")[:count]
+            order = np.argsort(-rank, kind="stable")
+            order = order[np.cumsum(weight_S[order]) - weight_S[order] < count]
             wrong[-1] += int((kept != (np.isin(np.arange(size), order) & (rank >= 0))).sum())
     return *wrong, True
 

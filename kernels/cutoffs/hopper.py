@@ -20,6 +20,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, scf
 
 from qwen_jax.kernels import hopper_threads as threads
+from qwen_jax.kernels.cutoffs.ranks import Heavy
 from qwen_jax.kernels.hopper_threads import Int, Memory, choose
 
 WIDTH = 4  # scores a load
@@ -37,10 +38,12 @@ def place_digits(size: int) -> tuple[tuple[int, int], ...]:
     return tuple((low, high - low) for high, low in itertools.pairwise(ends))
 
 
-def cutoffs(arrays: int, rows: int, size: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
+def cutoffs(
+    arrays: int, rows: int, size: int, heavy: Heavy | None = None
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """The kernel: (count int32[arrays * rows], arrays of scores float32[rows, size]) -> (least rank, last place) of each row.
 
-    Both int32[arrays * rows], as `kernels.cutoffs.reference.cutoffs` says. size is a multiple of WIDTH.
+    Both int32[arrays * rows], as `kernels.cutoffs.api.cutoffs` says. size is a multiple of WIDTH.
     """
 
     def kernel(count_ref: Any, *refs: Any) -> None:
@@ -48,9 +51,8 @@ def cutoffs(arrays: int, rows: int, size: int) -> Callable[..., tuple[jax.Array,
         def block(_: Any, *refs: Any) -> None:
             count, *scores, least, last, counts, found = (Memory(ref) for ref in refs)
             at = Int(arith.index_cast(ir.IntegerType.get_signless(32), gpu.block_id(gpu.Dimension.x)))
-            _Row(_row_pointer(scores, at, rows, size), size, counts, found).find(
-                Int(count.load(at)), at, least, last
-            )
+            row = _Row(_row_pointer(scores, at, rows, size), size, heavy, counts, found)
+            row.find(Int(count.load(at)), at, least, last)
 
         block(count_ref, *refs)
 
@@ -82,8 +84,9 @@ def _row_pointer(scores: Sequence[Memory], at: Int, rows: int, size: int) -> Any
 class _Row:
     """One row of scores, its histogram in shared memory int32[1 << _BITS], and int32[4] for what one thread tells all."""
 
-    def __init__(self, pointer: Any, size: int, counts: Memory, found: Memory) -> None:
-        self._pointer, self._size, self._counts, self._found = pointer, size, counts, found
+    def __init__(self, pointer: Any, size: int, heavy: Heavy | None, counts: Memory, found: Memory) -> None:
+        self._pointer, self._size, self._heavy = pointer, size, heavy
+        self._counts, self._found = counts, found
         self._thread = threads.in_block()
 
     def find(self, count: Int, at: Int, least: Memory, last: Memory) -> None:
@@ -118,7 +121,7 @@ class _Row:
     def _digit(
         self, prefix: Int, wanted: Int, low: int, bits: int, number: Callable[[Int, Int], tuple[Int, Any]]
     ) -> tuple[Int, Int, Int]:
-        """The next digit of the `wanted`-th largest number that starts with `prefix`.
+        """The next digit of the `wanted`-th largest number that starts with `prefix`, each counted as often as it weighs.
 
         number: (rank, place) of a score -> (number, does it take part).
 
@@ -136,8 +139,9 @@ class _Row:
             digit = (value >> low) & ((1 << bits) - 1)
             counts = arith.andi(takes_part, Int(0) < digit)
             with utils.when(arith.andi(counts, (value >> (low + bits)).equals(prefix))):
+                weight = choose(place < heavy.first, 1, heavy.weight) if (heavy := self._heavy) else Int(1)
                 llvm.atomicrmw(
-                    llvm.AtomicBinOp.add, self._counts.at(digit), Int(1).value, llvm.AtomicOrdering.monotonic
+                    llvm.AtomicBinOp.add, self._counts.at(digit), weight.value, llvm.AtomicOrdering.monotonic
                 )
 
         self._each_score(add)

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 import jax
 
 from qwen_jax.kernels.cutoffs import hopper
+from qwen_jax.kernels.cutoffs.ranks import Heavy
 from qwen_jax.kernels.hopper import why_not_hopper
 
 
-def cutoffs(scores_XS: Sequence[jax.Array], count_AX: jax.Array) -> tuple[jax.Array, jax.Array]:
+def cutoffs(
+    scores_XS: Sequence[jax.Array], count_AX: jax.Array, heavy: Heavy | None = None
+) -> tuple[jax.Array, jax.Array]:
     """See `kernels.cutoffs.reference.cutoffs`.
 
     Raises:
@@ -21,5 +24,5 @@ def cutoffs(scores_XS: Sequence[jax.Array], count_AX: jax.Array) -> tuple[jax.Ar
     rows, size = scores_XS[0].shape
     if size % hopper.WIDTH:
         raise NotImplementedError(f"needs rows of a multiple of {hopper.WIDTH} scores, got {size}")
-    least, last = hopper.cutoffs(len(scores_XS), rows, size)(count_AX.reshape(-1), *scores_XS)
+    least, last = hopper.cutoffs(len(scores_XS), rows, size, heavy)(count_AX.reshape(-1), *scores_XS)
     return least.reshape(count_AX.shape), last.reshape(count_AX.shape)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 INFINITY = int(np.float32(np.inf).view(np.int32))  # the rank of +inf
+
+
+class Heavy(NamedTuple):
+    """Scores from place `first` of a row on count as `weight` scores each, all before as one."""
+
+    first: int
+    weight: int
 
 
 def rank_of(scores: jax.Array) -> jax.Array:

@@ -29,7 +29,7 @@ from qwen_jax.kernels.hopper_walk import COLUMN, ROW, ROWS, Walk
 from qwen_jax.kernels.sparse_attention.bands import BAND
 
 WGS = BAND // ROWS
-FIELDS = 9  # int32 a work item, see `plan.Plan.items`
+FIELDS, OWN_KEYS = 9, 2  # int32 a work item, see `plan.Plan.items`, and the place of its own keys
 _INTER, _SUCC, _INTRA = 0, 1, 2  # rotations of the queries, in key order
 _SEGMENTS = (_INTRA, _SUCC, _INTER, _INTER, _SUCC, _INTRA)  # bands, then columns
 # What a consumer finds in shared memory of an item, registers being dear: UNTIL is the step that needs other queries, SEEN

@@ -54,7 +54,7 @@ def plan(
     stage_starts: tuple[jax.Array, jax.Array],
     dca: bool,
 ) -> Plan:
-    """The lists of a piece of `query_tiles` tiles from position q_start on, a multiple of BAND.
+    """The lists of `query_tiles` tiles from the one on that position q_start lies in.
 
     Args:
         columns_BNS, bands_BNM, most_columns, q_start, kv_len_B: as in `api.attend_lines`.
@@ -68,7 +68,8 @@ def plan(
 
     bits_XMW = _words(columns_BNS.reshape(X, S), M)
     before_XM = jnp.minimum(_sums(lax.population_count(bits_XMW).sum(-1).astype(jnp.int32)), most_columns)
-    c_C = jnp.minimum(first_tile + jnp.arange(query_tiles, dtype=jnp.int32), M - 1)
+    tile_C = first_tile + jnp.arange(query_tiles, dtype=jnp.int32)
+    c_C = jnp.minimum(tile_C, M - 1)
     inter_X, older_X, all_X = (before_XM[:, at] for at in (succ, intra, c_C[-1]))
     position_XP, valid_XP, tiles = _positions(
         bits_XMW, before_XM, (inter_X, older_X, all_X), column_slots(most_columns, dca)
@@ -87,7 +88,7 @@ def plan(
     own_XC = _tiles_of(before_XM[:, c_C] - older_X[:, None])
     columns = [tiles[0][:, None], tiles[1][:, None], tiles[1][:, None] + own_XC]
     ends_XC = [*bands, *(bands[-1] + more for more in columns)]
-    own_keys_XC = jnp.repeat(jnp.clip(kv_len_B[:, None] - c_C * BAND, 0, BAND), N, axis=0)
+    own_keys_XC = jnp.repeat(jnp.clip(kv_len_B[:, None] - tile_C * BAND, 0, BAND), N, axis=0)
     ends_XC = [jnp.where(own_keys_XC > 0, end, 1) for end in ends_XC]
 
     dearest_X = jnp.argsort(-ends_XC[-1].sum(-1)).astype(jnp.int32)

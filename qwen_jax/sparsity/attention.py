@@ -16,13 +16,17 @@ from qwen_jax.kernels.attention.api import attend
 from qwen_jax.kernels.blocks import Share
 from qwen_jax.kernels.line_scores.api import line_scores
 from qwen_jax.kernels.sparse_attention.api import attend_lines
-from qwen_jax.kernels.sparse_attention.bands import bands_of
+from qwen_jax.kernels.sparse_attention.bands import BAND, bands_of
 from qwen_jax.rope import Rotary
 from qwen_jax.sparsity.budgets import LineBudgets
 from qwen_jax.sparsity.cost_aware import Piece, computed_pairs, select_bands
 from qwen_jax.sparsity.selection import select_lines
 
 ALL_SPARSE = -1
+# Where the rule of bands keeps the published choice: two bands beside the forced lines are too coarse to be spent better, and
+# most of all keys are the same keys.
+FEW_KEYS = 4 * BAND  # a query
+MOST_PAIRS = 0.6  # of the causal ones
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +68,17 @@ class SparsePrefill:
         if self.bands is None:
             return lines.columns, bands_BNM
         piece = Piece(jnp.int32(q_start), end_B)
-        return select_bands(
-            columns_BNS, diagonals_BNS, self.bands * computed_pairs(lines.columns, bands_BNM, piece), piece,
+        pairs_BN = computed_pairs(lines.columns, bands_BNM, piece)
+        chosen = select_bands(
+            columns_BNS, diagonals_BNS, self.bands * pairs_BN, piece,
             last_queries=self.last_queries, most_columns=self.most_columns,
         )  # fmt: skip
+        if self.bands < 1:
+            return chosen
+        rows_B1 = (end_B - q_start)[:, None].astype(jnp.float32)
+        causal_B1 = rows_B1 * (q_start + end_B + 1)[:, None] / 2
+        kept_BN1 = ((pairs_BN < FEW_KEYS * rows_B1) | (pairs_BN > MOST_PAIRS * causal_B1))[..., None]
+        return jnp.where(kept_BN1, lines.columns, chosen[0]), jnp.where(kept_BN1, bands_BNM, chosen[1])
 
     def for_prompts(self, prompt_len_B: np.ndarray) -> SparsePrefill | None:
         """What a program for prompts of these lengths, in tokens, needs: None if all are dense, no dense part if none is."""

@@ -4,11 +4,11 @@ The published rule ranks diagonals one by one, but whole bands are computed: a l
 query. Here a band competes as what it is, `band` keys a query, with columns, one key a query each. They share as many computed
 pairs as the published choice would have cost the same head in the same piece, or a given share of them.
 
-Both scores come from the sums of the last queries' attention A, n rows that end at key e - 1 (`kernels.line_scores`). One entry
-A[i, j] is part of column j's sum and of diagonal i - j's, and whether it belongs to a line of the one kind or of the
+Both scores come from the sums of the last queries' attention A, n rows that end at key e - 1 (`kernels.line_scores`). One
+entry A[i, j] is part of column j's sum and of diagonal i - j's, and whether it belongs to a line of the one kind or of the
 other shows in its surroundings: a diagonal of mass a adds a / n to each of n neighbouring columns and a column spreads over n
 diagonals likewise. So a column is worth what stands above the mean of the diagonals that cross it, and a band what its
-diagonals hold once the chosen columns are taken out.
+diagonals hold once that is taken out. So near the end that only forced bands reach it a column is worth nothing.
 """
 
 from __future__ import annotations
@@ -19,12 +19,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qwen_jax.kernels.cutoffs.ranks import INFINITY, rank_of
+from qwen_jax.kernels.cutoffs.ranks import Heavy
 from qwen_jax.kernels.line_scores.api import FORCED_COLUMNS
 from qwen_jax.kernels.sparse_attention.bands import BAND, bands_of, tile_distances
 from qwen_jax.sparsity.selection import best
-
-_ROUNDING = 1 + 1e-6  # of float32 counts of pairs
 
 
 class Piece(NamedTuple):
@@ -65,12 +63,42 @@ def select_bands(
     Args:
         columns_BNS, diagonals_BNS: float32 scores of `kernels.line_scores`; columns and bands with a score of +inf are
             always chosen, whatever they cost, those of -inf never.
-        pairs_BN: float32, what may be computed (to a relative 1e-6).
+        pairs_BN: float32, what may be computed.
         piece: the queries that will use the lines.
         last_queries: queries that the scores are sums over.
         most_columns: no head gets more; both static.
         band: positions a tile, static.
     """
+    S = columns_BNS.shape[-1]
+    own_BNS, score_BNM = _worth(columns_BNS, diagonals_BNS, piece, last_queries, band)
+    worth_BNX = jnp.concatenate([own_BNS, score_BNM], -1)
+    rows_B = jnp.maximum(piece.end_B - piece.start, 1)[:, None].astype(jnp.float32)
+
+    def cut(keys_BN: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What is worth most of at most so many keys a query; a band that they pay in part is left out."""
+        chosen_BNX = best(worth_BNX, jnp.floor(keys_BN) - (band - 1), Heavy(S, band)) | jnp.isposinf(
+            worth_BNX
+        )
+        return chosen_BNX[..., :S], chosen_BNX[..., S:]
+
+    def spare(columns_BNS: jax.Array, bands_BNM: jax.Array) -> jax.Array:
+        """Keys a query that may be computed yet."""
+        return (pairs_BN - computed_pairs(columns_BNS, bands_BNM, piece, band)) / rows_B
+
+    # Columns in bands are paid twice here, and own tiles whole. What that leaves is spent once more; more lines leave no less.
+    lines = cut(pairs_BN / rows_B)
+    paid_BN = lines[0].sum(-1) + band * lines[1].sum(-1)
+    columns_BNS, bands_BNM = cut(paid_BN + spare(*lines))
+    # Columns take the rest.
+    count_BN = columns_BNS.sum(-1) + jnp.maximum(jnp.floor(spare(columns_BNS, bands_BNM)), 0)
+    count_BN = jnp.where(piece.end_B[:, None] > piece.start, jnp.minimum(count_BN, most_columns), 0)
+    return best(own_BNS, count_BN), bands_BNM
+
+
+def _worth(
+    columns_BNS: jax.Array, diagonals_BNS: jax.Array, piece: Piece, last_queries: int, band: int
+) -> tuple[jax.Array, jax.Array]:
+    """What a key of each column and of each band, [B, N, M], holds; +inf: forced, -inf: never to be chosen."""
     end_B11 = piece.end_B[:, None, None]
     n_B11 = jnp.clip(end_B11 - piece.start, 1, last_queries)
     distance_S = jnp.arange(diagonals_BNS.shape[-1])
@@ -81,43 +109,21 @@ def select_bands(
         known.sum(-1, keepdims=True), 1
     )
     mass_BNS = jnp.where(known, diagonals_BNS, jnp.where(distance_S < end_B11, background_BN1, 0.0))
-
+    finite_BNS = jnp.isfinite(columns_BNS)
     crossing_BNS = _from_the_end(_window(mass_BNS, last_queries, before=True), piece.end_B) / n_B11
-    own_BNS = jnp.where(jnp.isfinite(columns_BNS), jnp.maximum(columns_BNS - crossing_BNS, 0), columns_BNS)
-    own_BNS = jnp.where(best(own_BNS, jnp.int32(most_columns)), own_BNS, -jnp.inf)
+    above_BNS = jnp.where(finite_BNS, jnp.maximum(columns_BNS - crossing_BNS, 0), 0.0)
+    spread_BNS = _window(_from_the_end(above_BNS, piece.end_B), last_queries, before=False) / n_B11
+    mass_BNS = jnp.where(known, jnp.maximum(mass_BNS - spread_BNS, 0), mass_BNS)
 
     forced_BNM = bands_of(jnp.isposinf(diagonals_BNS), band)
+    nearest_BN1 = jnp.cumprod(forced_BNM, -1).sum(-1, keepdims=True)  # bands from 0 on, all forced
+    first_BN1 = ((end_B11 - 1) // band - (nearest_BN1 - 1)) * band
+    own_BNS = jnp.where(finite_BNS, jnp.where(distance_S < first_BN1, above_BNS, -jnp.inf), columns_BNS)
+
     last_B11 = jnp.where(end_B11 > piece.start, end_B11, 0)
     there_M = jnp.arange(tile_distances(diagonals_BNS.shape[-1], band)) * band < last_B11
-
-    def choose(mass_BNS: jax.Array) -> tuple[jax.Array, jax.Array]:
-        score_BNM = jnp.where(there_M, band_scores(mass_BNS, band) / band, -jnp.inf)
-        return _within(own_BNS, jnp.where(forced_BNM, jnp.inf, score_BNM), pairs_BN, piece, band)
-
-    chosen_BNS, _ = choose(mass_BNS)
-    taken_BNS = jnp.where(chosen_BNS & jnp.isfinite(columns_BNS), columns_BNS, 0.0)
-    spread_BNS = _window(_from_the_end(taken_BNS, piece.end_B), last_queries, before=False) / n_B11
-    return choose(jnp.where(known, jnp.maximum(mass_BNS - spread_BNS, 0), mass_BNS))
-
-
-def _within(
-    columns_BNS: jax.Array, bands_BNM: jax.Array, pairs_BN: jax.Array, piece: Piece, band: int
-) -> tuple[jax.Array, jax.Array]:
-    """All columns and bands above one threshold a head: the least at which they cost no more than `pairs_BN`."""
-    column_rank, band_rank = rank_of(columns_BNS), rank_of(bands_BNM)
-
-    def above(threshold_BN: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return column_rank > threshold_BN[..., None], band_rank > threshold_BN[..., None]
-
-    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = bounds
-        middle = low + (high - low) // 2
-        fits = computed_pairs(*above(middle), piece, band) <= pairs_BN * _ROUNDING
-        return jnp.where(fits, low, middle + 1), jnp.where(fits, middle, high)
-
-    # +inf itself stays above every threshold.
-    ends = jnp.full(pairs_BN.shape, -1, jnp.int32), jnp.full(pairs_BN.shape, INFINITY - 1, jnp.int32)
-    return above(lax.fori_loop(0, 31, halve, ends)[1])
+    score_BNM = jnp.where(there_M, band_scores(mass_BNS, band) / band, -jnp.inf)
+    return own_BNS, jnp.where(forced_BNM, jnp.inf, score_BNM)
 
 
 def _pairs(columns_BNM: jax.Array, bands_BNM: jax.Array, piece: Piece, band: int) -> jax.Array:

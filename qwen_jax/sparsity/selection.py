@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.kernels.cutoffs.api import cutoffs
-from qwen_jax.kernels.cutoffs.ranks import rank_of
+from qwen_jax.kernels.cutoffs.ranks import Heavy, rank_of
 
 
 class Lines(NamedTuple):
@@ -36,21 +36,24 @@ def select_lines(
     return Lines(*_best((columns_BNS, diagonals_BNS), budgets))
 
 
-def best(scores: jax.Array, count: jax.Array) -> jax.Array:
+def best(scores: jax.Array, count: jax.Array, heavy: Heavy | None = None) -> jax.Array:
     """The `count` largest scores along the last axis, bool like `scores`; of those that tie for the last place the first.
 
     Args:
         scores: float32[..., S]: -inf, which is never chosen, or from 0 to +inf.
         count: int32, broadcast to scores' shape without its last axis.
+        heavy: scores that weigh more than one: the largest are then chosen that weigh `count` or more together.
     """
-    return _best((scores,), (jnp.broadcast_to(count, scores.shape[:-1]),))[0]
+    return _best((scores,), (jnp.broadcast_to(count, scores.shape[:-1]),), heavy)[0]
 
 
-def _best(scores: Sequence[jax.Array], counts: Sequence[jax.Array]) -> list[jax.Array]:
+def _best(
+    scores: Sequence[jax.Array], counts: Sequence[jax.Array], heavy: Heavy | None = None
+) -> list[jax.Array]:
     """`best` of several arrays of one shape, found in one go."""
     *rows, S = scores[0].shape
     count_AX = jnp.stack([count.reshape(-1) for count in counts]).astype(jnp.int32)
-    cuts = cutoffs([x.reshape(-1, S) for x in scores], count_AX)
+    cuts = cutoffs([x.reshape(-1, S) for x in scores], count_AX, heavy)
     place_S = jnp.arange(S, dtype=jnp.int32)
     chosen = []
     for x, *cut in zip(scores, *cuts, strict=True):

@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwen_jax.kernels.cutoffs.ranks import Heavy
 from qwen_jax.sparsity.selection import best, select_lines
 
 _best = jax.jit(best)
+_heavy = jax.jit(lambda scores, count: best(scores, count, Heavy(7, 5)))
 
 
 def naive(scores_S: np.ndarray, count: int) -> set[int]:
@@ -37,6 +39,19 @@ def test_the_best_are_those_of_a_sort(rows: list[list[float]], counts: list[int]
     chosen = np.asarray(_best(scores, np.array(counts, np.int32)))
     for row, count, got in zip(scores, counts, chosen, strict=True):
         assert set(np.flatnonzero(got)) == naive(row, count)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    row=st.lists(SCORES, min_size=12, max_size=12), count=st.integers(0, 60),
+)  # fmt: skip
+def test_heavy_scores_are_chosen_until_the_weight_is_reached(row: list[float], count: int) -> None:
+    scores = np.array(row, np.float32)
+    scores[(scores > 0) & (scores < np.finfo(np.float32).tiny)] = 0
+    order = sorted(np.flatnonzero(scores >= 0), key=lambda j: (-scores[j], j))
+    weight = np.array([1 if j < 7 else 5 for j in order], int)
+    want = {int(j) for j, before in zip(order, weight.cumsum() - weight, strict=True) if before < count}
+    assert set(np.flatnonzero(_heavy(scores, np.int32(count)))) == want
 
 
 def test_many_scores_of_probabilities() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from qwen_jax.kernels.cutoffs import hopper, mosaic_gpu
 from qwen_jax.kernels.cutoffs.api import cutoffs
+from qwen_jax.kernels.cutoffs.ranks import Heavy
 
 
 @pytest.fixture
@@ -19,9 +20,11 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("on_hopper")
-def test_lowers_for_cuda() -> None:
+@pytest.mark.parametrize("heavy", [None, Heavy(1 << 19, 128)])
+def test_lowers_for_cuda(heavy: Heavy | None) -> None:
     scores, count = jax.ShapeDtypeStruct((28, 1 << 20), jnp.float32), jax.ShapeDtypeStruct((2, 28), jnp.int32)
-    traced = jax.jit(lambda a, b, count: mosaic_gpu.cutoffs((a, b), count)).trace(scores, scores, count)
+    find = jax.jit(lambda a, b, count: mosaic_gpu.cutoffs((a, b), count, heavy))
+    traced = find.trace(scores, scores, count)
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
