@@ -1,7 +1,7 @@
 """8-bit numbers as operands of mma.sync, in the registers of a warp's lanes: bytes of shared memory to pairs of float16.
 
-Both conversions are exact and cost 1.25 to 2 integer operations a number, a fraction of what the conversion instructions take
-of a multiprocessor's time. A pair is a 32-bit register, its first number in the lower half.
+Both conversions are exact and cost 1.25 to 2 integer operations a number. A pair is a 32-bit register, its first number
+in the lower half.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A block has a few consumer warpgroups, each with shares and a ring of its own (`hopper_workers`), and one producer
 warpgroup, a warp of which keeps one ring full. A slot of a ring holds keys, values and both their factors, and has one barrier:
-an arrival costs a multiprocessor more than a few instructions do. Shares of a row are merged by log-sum-exp afterwards.
+every lane of a warp arrives at it. Shares of a row are merged by log-sum-exp afterwards.
 """
 
 from __future__ import annotations
