@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.experimental.pallas as pl
@@ -23,9 +23,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
-from qwen_jax.kernels.tpu import LN2, MASKED, NOTHING_YET
+from qwen_jax.kernels.tpu import LN2, NOTHING_YET
 
-_KEY_SLOTS = (
+KEY_SLOTS = (
     3  # the tile whose scores are used up, the one whose scores are begun, the one that is being copied
 )
 _VALUE_SLOTS = 2
@@ -33,12 +33,16 @@ _VALUE_SLOTS = 2
 
 @dataclasses.dataclass(frozen=True)
 class WalkShape:
-    """Static sizes of a walk: `rows` of the query tile, `block_kv` keys a tile in sub-blocks of `block_compute`."""
+    """Static sizes of a walk: `rows` of the query tile, `block_kv` keys a row and tile in sub-blocks of `block_compute`.
+
+    buffer: keys that are copied a tile, at most; more than block_kv where rows see different ones.
+    """
 
     rows: int
     block_kv: int
     block_compute: int
     head_dim: int
+    buffer: int
 
     @property
     def subs(self) -> int:
@@ -47,16 +51,16 @@ class WalkShape:
 
     def scratch(self, dtype: Any) -> list[Any]:
         """What `Scratch` takes, in its order."""
-        tile, scores = (self.block_kv, self.head_dim), (self.block_compute, self.rows)
+        tile, scores = (self.buffer, self.head_dim), (self.block_compute, self.rows)
         return [
-            pltpu.VMEM((_KEY_SLOTS, *tile), dtype),
+            pltpu.VMEM((KEY_SLOTS, *tile), dtype),
             pltpu.VMEM((_VALUE_SLOTS, *tile), dtype),
             pltpu.VMEM(scores, jnp.float32),
             pltpu.VMEM(scores, jnp.float32),
             pltpu.VMEM((self.head_dim, self.rows), jnp.float32),
             pltpu.VMEM((1, self.rows), jnp.float32),
             pltpu.VMEM((1, self.rows), jnp.float32),
-            pltpu.SemaphoreType.DMA((_KEY_SLOTS,)),
+            pltpu.SemaphoreType.DMA((KEY_SLOTS,)),
             pltpu.SemaphoreType.DMA((_VALUE_SLOTS,)),
         ]
 
@@ -76,6 +80,14 @@ class Scratch:
     v_arrived: Any
 
 
+class Copy(Protocol):
+    """Bytes on their way into a tile; all of them have the same way."""
+
+    def start(self) -> None: ...
+
+    def wait(self) -> None: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Walk:
     """One query tile against key tiles 0 .. n - 1.
@@ -84,23 +96,26 @@ class Walk:
         shape: static sizes.
         scratch: of this walk.
         copy: copy(n, keys, destination, semaphore) -> the copy of tile n's keys (or values), not started.
-        queries: queries(n) -> [rows, H], scaled so that scores are exponents of base 2, as tile n's keys see them.
-        visible: visible(n, first) -> bool [block_compute, rows], which of the keys [first, first + block_compute) of tile n
-            which row sees.
+        score: score(n, i, keys, masked) -> scores [block_compute, rows] of sub-block i of tile n, whose keys are given (a
+            reference); exponents of base 2. Without `masked` every row sees every key.
+        weigh: weigh(n, i, values, p, masked) -> [H, rows], the values of that sub-block weighted by p [block_compute, rows].
     """
 
     shape: WalkShape
     scratch: Scratch
-    copy: Callable[[jax.Array, bool, Any, Any], Any]
-    queries: Callable[[jax.Array], jax.Array]
-    visible: Callable[[jax.Array, int], jax.Array]
+    copy: Callable[[jax.Array, bool, Any, Any], Copy]
+    score: Callable[[jax.Array, int, Any, bool], jax.Array]
+    weigh: Callable[[jax.Array, int, Any, jax.Array, bool], jax.Array]
 
-    def __call__(self, tiles: jax.Array, unmasked: jax.Array) -> None:
-        """Leaves the softmax over tiles [0, tiles) in the scratch; the first `unmasked` of them are seen whole by every row."""
+    def reset(self) -> None:
+        """An empty softmax. Walks with the same scratch go on from one another's."""
         s = self.scratch
         s.peak[...] = jnp.full_like(s.peak, NOTHING_YET)
         s.total[...] = jnp.zeros_like(s.total)
         s.out[...] = jnp.zeros_like(s.out)
+
+    def __call__(self, tiles: jax.Array, plain: Callable[[jax.Array], jax.Array] | None) -> None:
+        """Adds tiles [0, tiles) to the softmax in the scratch; plain(n): is tile n scored without masks? None: all are."""
 
         @pl.when(tiles > 0)
         def _() -> None:
@@ -112,13 +127,19 @@ class Walk:
                 self._keys(jnp.int32(1)).start()
 
             self._keys(jnp.int32(0)).wait()
-            peak = self._score(jnp.int32(0), 0, masked=True)
-            # A visit scores the beginning of the next tile: the last unmasked tile is visited with masks.
-            plain = jnp.clip(unmasked - 1, 0, tiles - 1)
-            peak = lax.fori_loop(0, plain, functools.partial(self._visit, tiles, False), peak)
-            peak = lax.fori_loop(plain, tiles - 1, functools.partial(self._visit, tiles, True), peak)
+            masked = plain is not None
+
+            def visit(n: jax.Array, peak: jax.Array) -> jax.Array:
+                if plain is None:
+                    return self._visit(tiles, False, n, peak)
+                # A visit scores the beginning of the next tile.
+                bodies = (functools.partial(self._visit, tiles, masked, n) for masked in (False, True))
+                return lax.cond(plain(n) & plain(n + 1), *bodies, peak)
+
+            peak = self._score(jnp.int32(0), 0, masked)
+            peak = lax.fori_loop(0, tiles - 1, visit, peak)
             self._values(tiles - 1).wait()
-            self._sub_blocks(tiles - 1, peak, masked=True, last=True)
+            self._sub_blocks(tiles - 1, peak, masked=masked, last=True)
 
     def natural_lse(self) -> jax.Array:
         """float32[1, rows] of the walk that has ended; -inf for a row that saw no key."""
@@ -145,47 +166,43 @@ class Walk:
     def _sub_blocks(self, n: jax.Array, peak: jax.Array, *, masked: bool, last: bool) -> jax.Array:
         for i in range(self.shape.subs):
             if i + 1 < self.shape.subs:
-                coming = self._score(n, i + 1, masked=masked)
+                coming = self._score(n, i + 1, masked)
             elif not last:
-                coming = self._score(n + 1, 0, masked=masked)
-            self._add(n, i, peak)
+                coming = self._score(n + 1, 0, masked)
+            self._add(n, i, peak, masked)
             peak = coming
         return peak
 
-    def _score(self, n: jax.Array, i: int, *, masked: bool) -> jax.Array:
+    def _score(self, n: jax.Array, i: int, masked: bool) -> jax.Array:
         """Scores of sub-block i of tile n into its buffer; returns their maximum by row, [1, rows]."""
-        width = self.shape.block_compute
-        k_SH = self.scratch.k[lax.rem(n, _KEY_SLOTS), pl.ds(i * width, width)]
-        s_SR = _product(k_SH, self.queries(n), 1, 1)
-        if masked:
-            s_SR = jnp.where(self.visible(n, i * width), s_SR, MASKED)
+        s_SR = self.score(n, i, self.scratch.k.at[lax.rem(n, KEY_SLOTS)], masked)
         self._buffer(i)[...] = s_SR
         return s_SR.max(axis=0, keepdims=True)
 
-    def _add(self, n: jax.Array, i: int, peak: jax.Array) -> None:
+    def _add(self, n: jax.Array, i: int, peak: jax.Array, masked: bool) -> None:
         """Sub-block i of tile n, whose scores have this maximum, into the running softmax."""
-        s, width = self.scratch, self.shape.block_compute
+        s = self.scratch
         old = s.peak[...]
         new = jnp.maximum(old, peak)
         shrink = jnp.exp2(old - new)
         p_SR = jnp.exp2(self._buffer(i)[...] - new)
-        v_SH = s.v[lax.rem(n, _VALUE_SLOTS), pl.ds(i * width, width)]
         s.peak[...] = new
         s.total[...] = s.total[...] * shrink + p_SR.sum(axis=0, keepdims=True)
-        s.out[...] = s.out[...] * shrink + _product(v_SH, p_SR.astype(v_SH.dtype), 0, 0)
+        weighed = self.weigh(n, i, s.v.at[lax.rem(n, _VALUE_SLOTS)], p_SR.astype(s.v.dtype), masked)
+        s.out[...] = s.out[...] * shrink + weighed
 
     def _buffer(self, i: int) -> Any:
         return self.scratch.scores_1 if i % 2 else self.scratch.scores_0
 
-    def _keys(self, n: jax.Array) -> Any:
-        slot = lax.rem(n, _KEY_SLOTS)
+    def _keys(self, n: jax.Array) -> Copy:
+        slot = lax.rem(n, KEY_SLOTS)
         return self.copy(n, True, self.scratch.k.at[slot], self.scratch.k_arrived.at[slot])
 
-    def _values(self, n: jax.Array) -> Any:
+    def _values(self, n: jax.Array) -> Copy:
         slot = lax.rem(n, _VALUE_SLOTS)
         return self.copy(n, False, self.scratch.v.at[slot], self.scratch.v_arrived.at[slot])
 
 
-def _product(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
+def product(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
     """Matrix product over these axes, accumulated in float32."""
     return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=jnp.float32)

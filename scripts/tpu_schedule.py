@@ -23,6 +23,12 @@ import jax.numpy as jnp
 
 from qwen_jax.kernels.attention.tpu import Problem, Tiling, prefill
 from qwen_jax.kernels.attention.tpu_specs import tiling_for
+from qwen_jax.kernels.sparse_attention.bands import BAND
+from qwen_jax.kernels.sparse_attention.mosaic_tpu import tiling_for as sparse_tiling_for
+from qwen_jax.kernels.sparse_attention.tpu import Problem as SparseProblem
+from qwen_jax.kernels.sparse_attention.tpu import Tiling as SparseTiling
+from qwen_jax.kernels.sparse_attention.tpu import sparse_prefill
+from qwen_jax.kernels.sparse_attention.tpu_plan import FIELDS
 from scripts import tpu_topology
 
 _TILE = 1024 * 1024  # scores of the tile that figures are given for
@@ -140,6 +146,20 @@ def prefill_schedule(generation: str, tiling: Tiling, head_dim: int = 128) -> Sc
     )
 
 
+def sparse_schedule(generation: str, tiling: SparseTiling) -> Schedule:
+    """Of the sparse prefill kernel with dual chunk attention, 7B's heads, a chunk of 31,744 tokens, a million keys."""
+    T, N, K, S, H, P = 31_744, 28, 4, 1_010_176, 128, 8192
+    rows = tiling.tiles * BAND
+    problem = SparseProblem(3, 1, N, K, -(-T // rows), S, H, P)
+    shape, blocks = jax.ShapeDtypeStruct, problem.blocks
+    integers = [shape(size, jnp.int32) for size in ((4,), (1,), (N * blocks * FIELDS,), (N, 1, S // BAND))]
+    arrays = [(3, 1, N, blocks * rows, H), *[(1, 1, K, S, H)] * 2, *[(N, P, H)] * 2]
+    return schedule_of(
+        "sparse_prefill_attention", tpu_topology.SMALLEST[generation], sparse_prefill(problem, tiling, jnp.bfloat16),
+        *integers, *(shape(size, jnp.bfloat16) for size in arrays), shape((N, P, 256), jnp.int8),
+    )  # fmt: skip
+
+
 def splash_schedule(generation: str) -> Schedule:
     """Of jax's own splash attention, causal, head 128, blocks of 1024, compute blocks of 512."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
@@ -156,20 +176,15 @@ def splash_schedule(generation: str) -> Schedule:
     return schedule_of("splash_mha_fwd", tpu_topology.SMALLEST[generation], kernel, x, x, x)
 
 
-def line(title: str, schedule: Schedule, tiles: float, loops: int) -> str:
-    """A row of the table: the smallest loop body that makes the exponentials of `tiles` tiles of 1024 x 1024 scores.
-
-    A kernel with two `loops` has a body for tiles without masks and one with; one loop holds both and is not told apart.
-    """
-    bodies = schedule.bodies(int(tiles * _TILE / 1024))[:loops]
-    inner = bodies[0]
-    masked = f"{bodies[1].bundles / tiles:.0f}" if loops > 1 else "-"
-    rest = str(schedule.whole.bundles - sum(body.bundles for body in bodies)) if loops > 1 else "-"
-    spills = inner.slots["VSTORE:SPILL"] / tiles
-    return (
-        f"| {title} | {inner.bundles / tiles:.0f} | {schedule.share(inner, 'MXU'):.1%} | {spills:.0f} "
-        f"| {masked} | {rest} |"
-    )
+def rows(title: str, schedule: Schedule, tiles: float, kinds: tuple[str, ...]) -> Iterator[str]:
+    """Rows of the table, one for every kind of loop body, cheapest first; a body makes `tiles` tiles of 1024 x 1024 scores."""
+    bodies = schedule.bodies(int(tiles * _TILE / 1024))[: len(kinds)]
+    rest = schedule.whole.bundles - sum(body.bundles for body in bodies)
+    for kind, body in zip(kinds, bodies, strict=True):
+        yield (
+            f"| {title} | {kind} | {body.bundles / tiles:.0f} | {schedule.share(body, 'MXU'):.1%} "
+            f"| {body.slots['VSTORE:SPILL'] / tiles:.0f} | {rest} |"
+        )
 
 
 def main() -> None:
@@ -180,16 +195,30 @@ def main() -> None:
     if reason := tpu_topology.why_no_compiler():
         raise SystemExit(reason)
     dump_schedules()
-    print("| kernel | bundles a tile | MXU slots in use | spills | bundles, masked tile | other bundles |")
+    print("| kernel | loop body | bundles a tile | MXU slots in use | spills | all other bundles |")
     print("|---|---|---|---|---|---|")
     for generation in parser.parse_args().generations:
-        print(line(f"{generation}, splash", splash_schedule(generation), 1, 1), flush=True)
-        for head_dim in (128, 64):
-            tiling = tiling_for(1 << 20, 253_952)
-            tiles = tiling.block_q * tiling.block_kv / _TILE
-            sizes = f"{tiling.block_q} x {tiling.block_kv}, {tiling.block_compute}"
-            title = f"{generation}, ours, head {head_dim}, {sizes}"
-            print(line(title, prefill_schedule(generation, tiling, head_dim), tiles, 2), flush=True)
+        for title, schedule, tiles, kinds in _kernels(generation):
+            for row in rows(f"{generation}, {title}", schedule, tiles, kinds):
+                print(row, flush=True)
+
+
+def _kernels(generation: str) -> Iterator[tuple[str, Schedule, float, tuple[str, ...]]]:
+    yield "splash", splash_schedule(generation), 1, ("all tiles",)
+    for head_dim in (128, 64):
+        tiling = tiling_for(1 << 20, 253_952)
+        sizes = f"{tiling.block_q} x {tiling.block_kv}, {tiling.block_compute}"
+        schedule = prefill_schedule(generation, tiling, head_dim)
+        yield (
+            f"dense, head {head_dim}, {sizes}",
+            schedule,
+            tiling.block_q * tiling.block_kv / _TILE,
+            ("plain", "masked"),
+        )
+    sparse = sparse_tiling_for(generation, 128)
+    sizes = f"{sparse.tiles} x {sparse.distances} tiles"
+    tiles = sparse.tiles * sparse.distances * BAND**2 / _TILE
+    yield f"sparse, {sizes}", sparse_schedule(generation, sparse), tiles, ("columns", "bands", "masked bands")
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def _forward(
     where = jnp.stack([layer, q_start, *stages, jnp.asarray(share.rank, jnp.int32)])
     walks_BC2 = _walks(q_start, kv_len_B, p, tiling, share)
     tile = (p.tiles, p.tokens)
-    q_PBTNH = _rotations(q_BTNH, q_start, scale_B.astype(jnp.float32) * LOG2E, rotary)
+    q_PBTNH = rotations(q_BTNH, q_start, scale_B.astype(jnp.float32) * LOG2E, rotary)
     q_PBTNH = jnp.pad(q_PBTNH, ((0, 0), (0, 0), (0, p.tiles * p.tokens - T), (0, 0), (0, 0)))
     q_PBXRH = jnp.einsum("PBCTXGH->PBXCGTH", q_PBTNH.reshape(-1, B, *tile, p.bundles, p.together, H)).reshape(
         p.versions, B, p.bundles, -1, H
@@ -134,8 +134,12 @@ def _walks(
     return jnp.stack([walked_BC, slots(first_C + 1) // tiling.block_kv], axis=-1)
 
 
-def _rotations(q_BTNH: jax.Array, q_start: jax.Array, factor_B: jax.Array, rotary: Rotary) -> jax.Array:
-    """The queries as each stage's keys see them, scaled, rounded once, stages in key order: [P, B, T, N, H]."""
+def rotations(q_BTNH: jax.Array, q_start: jax.Array, factor_B: jax.Array, rotary: Rotary) -> jax.Array:
+    """The queries as each stage's keys see them, scaled, rounded once, stages in key order: [P, B, T, N, H].
+
+    Args:
+        factor_B: float32[B], on scores, for an exponential of base 2.
+    """
     i_T = q_start + jnp.arange(q_BTNH.shape[1], dtype=jnp.int32)
     q = q_BTNH.astype(jnp.float32) * factor_B[:, None, None, None]
     return jnp.stack([rotary.rotate_queries(q, i_T, stage).astype(q_BTNH.dtype) for stage in rotary.stages])

@@ -17,8 +17,8 @@ from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
 from qwen_jax.kernels.blocks import Blocks
-from qwen_jax.kernels.tpu import SUBLANES_BF16, positions
-from qwen_jax.kernels.tpu_walk import Scratch, Walk, WalkShape
+from qwen_jax.kernels.tpu import MASKED, SUBLANES_BF16, positions
+from qwen_jax.kernels.tpu_walk import Scratch, Walk, WalkShape, product
 
 _VMEM_LIMIT = 48 * 2**20
 
@@ -75,7 +75,8 @@ def prefill(
     """
     B, X, H, S = problem.batch, problem.bundles, problem.head_dim, problem.capacity
     R, R_all, block_kv = problem.rows, problem.tiles * problem.rows, tiling.block_kv
-    shape = WalkShape(R, block_kv, tiling.block_compute, H)
+    width = tiling.block_compute
+    shape = WalkShape(R, block_kv, width, H, block_kv)
 
     def kernel(
         where_ref: Any, kv_len_ref: Any, walks_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, out_ref: Any,
@@ -101,16 +102,24 @@ def prefill(
                 return q_ref[0, 0, 0]
             return q_ref[jnp.where(n < succ, 0, jnp.where(n < intra, 1, 2)), 0, 0]
 
-        def visible(n: jax.Array, begin: int) -> jax.Array:
-            slot = lax.broadcasted_iota(jnp.int32, (tiling.block_compute, R), 0) + (start(n) + begin)
+        def score(n: jax.Array, i: int, keys: Any, masked: bool) -> jax.Array:
+            s_SR = product(keys[pl.ds(i * width, width)], queries(n), 1, 1)
+            if not masked:
+                return s_SR
+            slot = lax.broadcasted_iota(jnp.int32, (width, R), 0) + (start(n) + i * width)
             seen = positions(slot, problem.blocks, rank) <= last_seen
             if S % block_kv:
                 seen &= slot >= n * block_kv
-            return seen
+            return jnp.where(seen, s_SR, MASKED)
 
-        walk = Walk(shape, Scratch(*scratch), copy, queries, visible)
+        def weigh(_: jax.Array, i: int, values: Any, p_SR: jax.Array, __: bool) -> jax.Array:
+            return product(values[pl.ds(i * width, width)], p_SR, 0, 0)
+
+        walk = Walk(shape, Scratch(*scratch), copy, score, weigh)
+        walk.reset()
         at_walk = 2 * (b * problem.tiles + t)
-        walk(walks_ref[at_walk], walks_ref[at_walk + 1])
+        whole = walks_ref[at_walk + 1]
+        walk(walks_ref[at_walk], lambda n: n < whole)
         out_ref[0, 0] = walk.normalised().astype(dtype)
         lse_ref[0, 0] = walk.natural_lse()
 

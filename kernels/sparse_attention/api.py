@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import jax
 
-from qwen_jax.kernels.backends import Backend, alone, dispatch, given, on_gpu
+from qwen_jax.kernels.backends import Backend, alone, dispatch, given, on_gpu, on_tpu
 from qwen_jax.kernels.blocks import Share
 from qwen_jax.kernels.sparse_attention import reference
 from qwen_jax.kernels.sparse_attention.bands import BAND
@@ -15,6 +15,7 @@ from qwen_jax.rope import Rotary
 
 BACKENDS: dict[str, Backend] = {
     "mosaic_gpu": alone(on_gpu("qwen_jax.kernels.sparse_attention.mosaic_gpu", "attend_lines")),
+    "mosaic_tpu": alone(on_tpu("qwen_jax.kernels.sparse_attention.mosaic_tpu", "attend_lines")),
     "xla": reference.attend_lines,
 }
 
