@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from qwen_jax.kernels.backends import Backend, alone, dispatch, on_gpu
+from qwen_jax.kernels.backends import Backend, alone, dispatch, on_gpu, on_tpu
 from qwen_jax.kernels.blocks import EVERYTHING, Share
 from qwen_jax.kernels.line_scores import reference
 from qwen_jax.rope import Rotary
@@ -16,6 +16,7 @@ LAST_QUERIES = 64
 
 BACKENDS: dict[str, Backend] = {
     "mosaic_gpu": alone(on_gpu("qwen_jax.kernels.line_scores.mosaic_gpu", "attention_sums")),
+    "mosaic_tpu": alone(on_tpu("qwen_jax.kernels.line_scores.mosaic_tpu", "attention_sums")),
     "xla": reference.attention_sums,
 }
 

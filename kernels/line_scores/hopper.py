@@ -26,8 +26,8 @@ from qwen_jax.kernels.hopper import SHARED_BYTES, Ring, multiprocessors, tiled
 from qwen_jax.kernels.hopper_rows import COLUMN, LAYOUT, ROW
 from qwen_jax.kernels.line_scores import hopper_sums
 from qwen_jax.kernels.line_scores.hopper_sums import DIAGONALS, LANE_FLOATS, TILE, WARP_FLOATS
+from qwen_jax.kernels.line_scores.last_queries import ROWS
 
-ROWS = 64  # the last queries of a head
 _BARRIER_BYTES = 1024
 _NONE = -1e30  # a maximum over nothing: finite, so that differences are
 

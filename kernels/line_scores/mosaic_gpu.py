@@ -6,12 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from qwen_jax.kernels.hopper import LOG2E, why_not_hopper
-from qwen_jax.kernels.line_scores.hopper import ROWS, Problem, Tiling, line_sums, log_sum_exps
+from qwen_jax.kernels.line_scores.hopper import Problem, Tiling, line_sums, log_sum_exps
 from qwen_jax.kernels.line_scores.hopper_sums import TILE
-from qwen_jax.rope import Rotary, Stage
+from qwen_jax.kernels.line_scores.last_queries import ROWS, last_queries_of
+from qwen_jax.rope import Rotary
 
 
 def attention_sums(
@@ -41,30 +41,28 @@ def attention_sums(
     tiling = tiling or Tiling()
     if reason := refusal(q_BTNH, k_LBKSH, rotary, last_queries, tiling):
         raise NotImplementedError(reason)
-    B, T, N, H = q_BTNH.shape
+    B, _, N, H = q_BTNH.shape
     K, S = k_LBKSH.shape[2:4]
     G = N // K
     problem = Problem(3 if rotary.dca else 1, B, N, K, S, H)
-    # The ROWS queries that end at `end`, or the first ones where fewer are real.
-    first_B = jnp.clip(end_B - q_start - ROWS, 0, max(T - ROWS, 0))
-    i_B = q_start + first_B
-    real_BR = _positions(i_B) < end_B[:, None]
-    real_BR &= _positions(i_B) >= jnp.maximum(end_B - last_queries, q_start)[:, None]
-    seen_B = jnp.where(end_B > q_start, end_B, 0)
-    q = _rotations(q_BTNH, first_B, i_B, scale_B.astype(jnp.float32) * LOG2E, rotary).reshape(-1, G, ROWS, H)
+    last = last_queries_of(
+        q_BTNH, q_start=q_start, end_B=end_B, rotary=rotary, factor_B=scale_B.astype(jnp.float32) * LOG2E,
+        last_queries=last_queries,
+    )  # fmt: skip
+    q = last.q.reshape(-1, G, ROWS, H)
     k = k_LBKSH.reshape(-1, S, H)
     where = jnp.stack([layer, *rotary.stage_starts(q_start)])
-    rows = jnp.stack([i_B, seen_B], axis=1).reshape(-1)
+    rows = jnp.stack([last.first, last.end], axis=1).reshape(-1)
     parts = log_sum_exps(problem, tiling, q_BTNH.dtype, interpret)(where, rows, q, k)
     parts_BKPGR = parts.reshape(B, K, -1, G, ROWS)
     peak_BKGR = parts_BKPGR.max(2)
     lse_BKGR = peak_BKGR + jnp.log2(jnp.exp2(parts_BKPGR - peak_BKGR[:, :, None]).sum(2))
-    lse_BKGR = jnp.where(real_BR[:, None, None], lse_BKGR, jnp.inf)
+    lse_BKGR = jnp.where(last.real[:, None, None], lse_BKGR, jnp.inf)
     columns, diagonals = line_sums(problem, tiling, q_BTNH.dtype, interpret)(
         where, rows, q, k, lse_BKGR.reshape(-1, G, ROWS)
     )
     return columns.reshape(B, N, -1)[..., :S], _by_distance(
-        diagonals.reshape(B, N, -1, 2 * ROWS), i_B, seen_B, S
+        diagonals.reshape(B, N, -1, 2 * ROWS), last.first, last.end, S
     )
 
 
@@ -86,24 +84,6 @@ def refusal(
     if rotary.chunk_len and rotary.chunk_len % tiling.first_keys:
         return f"needs a dual chunk length that is a multiple of {tiling.first_keys}, got {rotary.chunk_len}"
     return None
-
-
-def _positions(first_B: jax.Array) -> jax.Array:
-    return first_B[:, None] + jnp.arange(ROWS, dtype=jnp.int32)
-
-
-def _rotations(
-    q_BTNH: jax.Array, first_B: jax.Array, i_B: jax.Array, factor_B: jax.Array, rotary: Rotary
-) -> jax.Array:
-    """The last queries as each stage's keys see them, scaled, rounded once, stages in key order: [stages, B, N, ROWS, H]."""
-    T = q_BTNH.shape[1]
-    q_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, max(ROWS - T, 0)), (0, 0), (0, 0)))
-    q_BRNH = jax.vmap(lambda q_TNH, first: lax.dynamic_slice_in_dim(q_TNH, first, ROWS))(q_BTNH, first_B)
-    q_BRNH = q_BRNH.astype(jnp.float32) * factor_B[:, None, None, None]
-    stages = (Stage.INTER, Stage.SUCC, Stage.INTRA) if rotary.dca else (Stage.INTRA,)
-    i_BR = _positions(i_B)
-    q_VBRNH = jnp.stack([rotary.rotate_queries(q_BRNH, i_BR, stage, critical=True) for stage in stages])
-    return jnp.swapaxes(q_VBRNH, 2, 3).astype(q_BTNH.dtype)
 
 
 def _by_distance(diagonals_BNMX: jax.Array, i_B: jax.Array, seen_B: jax.Array, capacity: int) -> jax.Array:

@@ -165,7 +165,9 @@ def test_an_unknown_backend_and_no_queries_are_refused() -> None:
         "layer": 0, "q_start": 0, "kv_len_B": jnp.ones(1, jnp.int32), "rotary": Rotary(THETA, H, 64), "scale_B": jnp.ones(1)
     }  # fmt: skip
     q, k = jnp.zeros((1, 4, 1, H)), jnp.zeros((1, 1, 1, 8, H))
-    with pytest.raises(ValueError, match="no line scores backend 'none'; there are mosaic_gpu, xla"):
+    with pytest.raises(
+        ValueError, match="no line scores backend 'none'; there are mosaic_gpu, mosaic_tpu, xla"
+    ):
         line_scores(q, k, backend="none", **call)
     with pytest.raises(ValueError, match="last_queries must be at least 1"):
         line_scores(q, k, last_queries=0, **call)

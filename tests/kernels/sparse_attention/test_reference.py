@@ -122,7 +122,9 @@ def test_the_computed_set_holds_the_chosen_one_and_touches_no_tile_in_vain(
 
 def test_an_unknown_backend_is_refused() -> None:
     x = jnp.zeros((1, 1, 1, 8, H))
-    with pytest.raises(ValueError, match="no sparse attention backend 'none'; there are mosaic_gpu, mosaic_tpu, xla"):
+    with pytest.raises(
+        ValueError, match="no sparse attention backend 'none'; there are mosaic_gpu, mosaic_tpu, xla"
+    ):
         attend_lines(
             jnp.zeros((1, 4, 1, H)), x, x, columns_BNS=jnp.ones((1, 1, 8), bool), bands_BNM=jnp.ones((1, 1, 1), bool),
             most_columns=8, layer=0, q_start=0, kv_len_B=jnp.ones(1, jnp.int32), rotary=Rotary(THETA, H, 64),
