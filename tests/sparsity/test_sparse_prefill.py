@@ -20,7 +20,7 @@ from qwen_jax.kernels.attention.api import attend
 from qwen_jax.kernels.quantised import expand, quantise
 from qwen_jax.rope import Rotary
 from qwen_jax.sharding import AXES
-from qwen_jax.sparsity.attention import SparsePrefill, attend_prompts
+from qwen_jax.sparsity.attention import ALL_SPARSE, SparsePrefill, attend_prompts
 from qwen_jax.sparsity.budgets import FILE_NAME, Budget, LineBudgets, write
 from qwen_jax.sparsity.switch import sparse_prefill
 from tests import tiny_checkpoint
@@ -184,6 +184,14 @@ def test_when_it_is_on(
     if made is not None:
         assert (made.threshold, made.last_queries) == (THRESHOLD, 64)
         assert made.bands == {"bands": 1.0, "bands:0.25": 0.25}.get(sparsity or "")
+
+
+def test_a_program_holds_the_parts_that_its_prompts_need() -> None:
+    made = SparsePrefill(LineBudgets.of([[FEW]]), THRESHOLD, 64)
+    assert made.for_prompts(np.array([THRESHOLD, 1])) is None
+    assert made.for_prompts(np.array([THRESHOLD, THRESHOLD + 1])) is made
+    alone = made.for_prompts(np.array([THRESHOLD + 1, 9000]))
+    assert alone == dataclasses.replace(made, threshold=ALL_SPARSE)
 
 
 def test_the_switch_is_read_from_config_json(tmp_path: Path) -> None:
