@@ -39,9 +39,10 @@ from qwen_jax.decode import BLOCK, Decoding, Request, decode_block, decode_progr
 from qwen_jax.model import Qwen2
 from qwen_jax.prefill import Piece, Prefiller, default_chunk
 from qwen_jax.sampling import SamplingControls, SamplingParams, row_keys, seen_tokens
-from qwen_jax.sharding import mesh_of
+from qwen_jax.sharding import full_mesh
 from qwen_jax.sparsity.attention import SparsePrefill
 from qwen_jax.sparsity.budgets import Budget, LineBudgets
+from qwen_jax.spread import Spread
 
 SHAPES = {
     "7b": {"hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28, "num_attention_heads": 28,
@@ -262,15 +263,6 @@ class Bench:
         if args.first_token:
             first, cache = first_token_seconds(prefiller, self.tokens_BT, cache, args.first_token)
             self.report(first_token_seconds=first)
-        if args.trace:
-            pieces = plan[-1 :: -max(1, len(plan) // args.trace)][: args.trace]
-            with traced() as parts:
-                found = timed_prefill(prefiller, self.tokens_BT, cache, pieces)
-            cache = found.cache
-            starts = [piece.start for piece in pieces]
-            self.report(
-                traced={"starts": starts, "wall": sum(found.seconds), **parts.seconds}, longest=parts.longest
-            )
         assert config.dual_chunk
         edges = {*range(0, args.tokens, config.dual_chunk.chunk_len), args.tokens}
         checked = [piece for piece in plan if edges & {piece.start, piece.start + piece.length}]
@@ -284,6 +276,15 @@ class Bench:
         rate = sum(flops(config, args.tokens, density)) / sum(seconds) / 1e12
         self.report(density=density, tflops=rate)
         self.report(worst_row_error=worst_error(self.model, cache, probed, args.tokens, sparse))
+        if args.trace:
+            pieces = plan[-1 :: -max(1, len(plan) // args.trace)][: args.trace]
+            with traced() as parts:
+                found = timed_prefill(prefiller, self.tokens_BT, cache, pieces)
+            cache = found.cache
+            starts = [piece.start for piece in pieces]
+            self.report(
+                traced={"starts": starts, "wall": sum(found.seconds), **parts.seconds}, longest=parts.longest
+            )
         return cache
 
 
@@ -317,17 +318,19 @@ def main() -> None:
             config,
             farthest=min(200_000, args.tokens // 3),
             matmul=None if matmul == "bf16" else matmul,
-            mesh=options.mesh(args.mesh),
+            mesh=mesh,
         )
         return balanced(model) if is_8_bit(kv_dtype) else model  # as LLM does
 
-    models = {matmul: model_of(matmul) for matmul in args.matmul}
-    first = models[args.matmul[0]]
-    whole = first.spread.round if first.spread else 1
+    mesh = full_mesh(options.mesh(args.mesh))
+    spread = Spread.of(config, mesh)
+    whole = spread.round if spread else 1
     chunk = default_chunk(config, whole)
     most = max(args.tokens, config.max_position_embeddings) + DECODED + 1
     capacity = capacity_for(args.tokens + DECODED + 1, most, whole, chunk)
-    cache = jax.block_until_ready(init_cache(config, 1, capacity, kv_dtype, mesh_of(first.embed.weight[...])))
+    # Before the weights: what they are made with leaves holes in the memory that are too small for it.
+    cache = jax.block_until_ready(init_cache(config, 1, capacity, kv_dtype, mesh))
+    models = {matmul: model_of(matmul) for matmul in args.matmul}
     print(f"weights and cache made in {time.perf_counter() - begin:.1f} s", flush=True)
     tokens_BT = np.random.default_rng(0).integers(SINKS, config.vocab_size, (1, args.tokens), dtype=np.int32)
     tokens_BT[0, :SINKS] = range(SINKS)

@@ -15,9 +15,10 @@ import numpy as np
 from flax import nnx
 
 from qwen_jax.attention import prefill_layer
-from qwen_jax.cache import KVCache, read_layer
+from qwen_jax.cache import KVCache, read_layer, write_chunk
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.blocks import Share
+from qwen_jax.kernels.sparse_attention.api import attend_lines
 from qwen_jax.kernels.sparse_attention.bands import BAND, tile_distances
 from qwen_jax.linear import IN_CUBLAS
 from qwen_jax.model import Qwen2
@@ -25,7 +26,7 @@ from qwen_jax.prefill import Piece, Prefiller
 from qwen_jax.sparsity.attention import SparsePrefill, choose_lines
 from qwen_jax.sparsity.cost_aware import Piece as Rows
 from qwen_jax.sparsity.cost_aware import computed_pairs
-from qwen_jax.spread import gather_queries
+from qwen_jax.spread import gather_queries, scatter_outputs
 
 
 class Kept(NamedTuple):
@@ -76,41 +77,52 @@ def probe_piece(
     spread, rotary = model.spread, model.rotary
     blocks = spread.blocks if spread else None
 
-    def lines(
-        q_BTNH: jax.Array, cache: KVCache, sparse: SparsePrefill, layer: jax.Array, start: jax.Array,
-        length_B: jax.Array, scale_B: jax.Array, share: Share | None = None,
-    ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-        k_LBKSH, _, at = read_layer(cache, layer, q_BTNH.dtype)
-        return choose_lines(
-            gather_queries(q_BTNH, share), k_LBKSH, sparse,
-            layer=at, budgets_layer=layer, q_start=start, prompt_len_B=length_B, rotary=rotary, scale_B=scale_B,
-            first=start, share=share,
+    def chosen(
+        q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, cache: KVCache, sparse: SparsePrefill,
+        layer: jax.Array, start: jax.Array, length_B: jax.Array, scale_B: jax.Array, share: Share | None = None,
+    ) -> tuple[jax.Array, KVCache, jax.Array, jax.Array]:  # fmt: skip
+        """`prefill_layer` with its lines: chosen a second time, those of equal scores might be others."""
+        cache = write_chunk(cache, k_BTKH, v_BTKH, layer=layer, start=start, first=start, share=share)
+        k_LBKSH, v_LBKSH, at = read_layer(cache, layer, q_BTNH.dtype)
+        q_BTNH = gather_queries(q_BTNH, share)
+        common: dict[str, Any] = {
+            "layer": at, "q_start": start, "rotary": rotary, "scale_B": scale_B, "share": share
+        }  # fmt: skip
+        columns_BNS, bands_BNM = choose_lines(
+            q_BTNH, k_LBKSH, sparse, budgets_layer=layer, prompt_len_B=length_B, first=start, **common
+        )
+        out, lse = attend_lines(
+            q_BTNH, k_LBKSH, v_LBKSH,
+            columns_BNS=columns_BNS, bands_BNM=bands_BNM, most_columns=sparse.most_columns, kv_len_B=length_B, **common,
         )  # fmt: skip
+        return scatter_outputs(out, lse, share), cache, columns_BNS, bands_BNM
 
     def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, state: Any, layer: jax.Array) -> Any:
         cache, kept = state
-        out_BTNH, cache = prefill_layer(
-            spread, q_BTNH, k_BTKH, v_BTKH, cache, sparse,
-            layer=layer, start=start, first=start, prompt_len_B=length_B, scale_B=scale_B, rotary=rotary,
-            backend=None,
-        )  # fmt: skip
-        new = {"q_LRNH": q_BTNH[0, rows_R], "out_LRNH": out_BTNH[0, rows_R]}
-        pairs_L = kept.pairs_L
-        if sparse is not None:
-            arguments = q_BTNH, cache, sparse, layer, start, length_B, scale_B
+        new, pairs_L = {}, kept.pairs_L
+        if sparse is None:
+            out_BTNH, cache = prefill_layer(
+                spread, q_BTNH, k_BTKH, v_BTKH, cache, None,
+                layer=layer, start=start, first=start, prompt_len_B=length_B, scale_B=scale_B, rotary=rotary,
+                backend=None,
+            )  # fmt: skip
+        else:
+            arguments = q_BTNH, k_BTKH, v_BTKH, cache, sparse, layer, start, length_B, scale_B
             if spread is None:
-                columns_BNS, bands_BNM = lines(*arguments)
+                out_BTNH, cache, columns_BNS, bands_BNM = chosen(*arguments)
             else:
-                letters = ("BTN", "LBKS", "LN", "", "", "B", "B")
-                columns_BNS, bands_BNM = spread.run(lines, letters, ("BNS", "BN"), *arguments)
+                letters = ("BTN", "BTK", "BTK", "LBKS", "LN", "", "", "B", "B")
+                found = spread.run(chosen, letters, ("BTN", "LBKS", "BNS", "BN"), *arguments)
+                out_BTNH, cache, columns_BNS, bands_BNM = found
             if blocks:
                 columns_BNS = blocks.undeal(columns_BNS, 2)
             end_B = jnp.minimum(start + T, length_B)
-            new |= {
+            new = {
                 "columns_LNS": jnp.packbits(columns_BNS[0], axis=-1),
                 "bands_LNM": jnp.packbits(bands_BNM[0], axis=-1),
             }
             pairs_L = pairs_L.at[layer].set(computed_pairs(columns_BNS, bands_BNM, Rows(start, end_B)).sum())
+        new |= {"q_LRNH": q_BTNH[0, rows_R], "out_LRNH": out_BTNH[0, rows_R]}
         at_L = layer == jnp.array([0, c.num_layers - 1])
         news = {
             name: jnp.where(at_L.reshape(-1, *[1] * x.ndim), x, getattr(kept, name))
