@@ -328,7 +328,7 @@ def main() -> None:
     chunk = default_chunk(config, whole)
     most = max(args.tokens, config.max_position_embeddings) + DECODED + 1
     capacity = capacity_for(args.tokens + DECODED + 1, most, whole, chunk)
-    # Before the weights: what they are made with leaves holes in the memory that are too small for it.
+    # Before the weights: it needs the largest stretches of memory.
     cache = jax.block_until_ready(init_cache(config, 1, capacity, kv_dtype, mesh))
     models = {matmul: model_of(matmul) for matmul in args.matmul}
     print(f"weights and cache made in {time.perf_counter() - begin:.1f} s", flush=True)
