@@ -3,18 +3,19 @@
 Two query heads over one KV head, 32k tokens in one piece. Keys are smooth along the text and each query repeats keys at
 eight distances and the first four keys, as trained heads look at sinks and at bands. Lines are selected live from scores,
 and every budget is scaled by one factor until density (computed pairs over causal pairs, whole prompt) is at the target. The
-sparse time holds scores, selection and attention. A sample of rows is checked against a float64 softmax over the keys computed.
+sparse time holds scores, selection and attention; times are medians of contenders that take turns, for others may use the
+machine. A sample of rows is checked against a float64 softmax over the keys computed.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import attention_tools as tools
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,17 +55,6 @@ def structured(rotary: Rotary, S: int, seed: int) -> tuple[np.ndarray, np.ndarra
             rotated[distance:] += rng.uniform(0.5, 0.8) * keys[: S - distance]
         q[:, n] = turn(rotated, -1)
     return q.astype(np.float32), keys.astype(np.float32), rng.standard_normal((S, H)).astype(np.float32)
-
-
-def timed(run: Callable[[], Any], times: int) -> tuple[Any, float]:
-    """The result and the median seconds of `times` calls after one that compiles."""
-    out = jax.block_until_ready(run())
-    seconds = []
-    for _ in range(times):
-        start = time.perf_counter()
-        out = jax.block_until_ready(run())
-        seconds.append(time.perf_counter() - start)
-    return out, float(np.median(seconds))
 
 
 def main() -> None:
@@ -141,9 +131,16 @@ def main() -> None:
     vertical_N, slash_N = (jnp.asarray(x) for x in budgets(factor))
     most = int(vertical_N.max())
     pieces = [(q[:, start : start + T], jnp.int32(start)) for start in starts]
-    got, sparse_s = timed(lambda: [sparse(*p, vertical_N, slash_N, most) for p in pieces], args.times)
-    _, scores_s = timed(lambda: [scores(*p) for p in pieces], args.times)
-    _, dense_s = timed(lambda: [dense(*p) for p in pieces], args.times)
+    runs: dict[str, Callable[[], Any]] = {
+        "sparse": lambda: [sparse(*p, vertical_N, slash_N, most) for p in pieces],
+        "scores": lambda: [scores(*p) for p in pieces],
+        "dense": lambda: [dense(*p) for p in pieces],
+    }
+    got = runs["sparse"]()
+    seconds = tools.interleaved_medians(
+        {name: (run, jax.block_until_ready) for name, run in runs.items()}, args.times
+    )
+    sparse_s, scores_s, dense_s = (seconds[name] for name in ("sparse", "scores", "dense"))
     result = {
         "what": "one layer's prefill attention in XLA, float32, sparse against dense",
         "tokens": S, "piece": T, "query_heads": N, "kv_heads": K, "head_dim": H,

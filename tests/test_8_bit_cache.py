@@ -24,8 +24,6 @@ from qwen_jax.sampling import SamplingControls, row_keys
 from qwen_jax.sharding import full_mesh, shardings
 from tests.tiny_model import CONFIG, random_model
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 INT8, FP8 = quantised.DTYPES
 GREEDY = SamplingParams(max_new_tokens=12, greedy=True, ignore_eos=True)
 WIDE = dataclasses.replace(CONFIG, vocab_size=96, num_heads=8, num_kv_heads=8, num_layers=1)

@@ -29,8 +29,6 @@ from qwen_jax.sharding import full_mesh, shardings
 from tests.oracle import Oracle, dual_chunk_distances, temperatures
 from tests.tiny_model import CONFIG, random_model
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 GOLDENS = Path(__file__).parent / "goldens"
 SHARP = 2e-5  # most error of a logit, as a share of the largest; float32 reaches some 1e-6
 

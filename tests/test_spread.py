@@ -25,8 +25,6 @@ from qwen_jax.prefill import Prefiller
 from qwen_jax.sharding import full_mesh, shardings
 from tests.tiny_model import CONFIG, random_model
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 DCA = CONFIG.dual_chunk
 assert DCA is not None
 S = DCA.chunk_len

@@ -116,7 +116,8 @@ def _worth(
     mass_BNS = jnp.where(known, jnp.maximum(mass_BNS - spread_BNS, 0), mass_BNS)
 
     forced_BNM = bands_of(jnp.isposinf(diagonals_BNS), band)
-    nearest_BN1 = jnp.cumprod(forced_BNM, -1).sum(-1, keepdims=True)  # bands from 0 on, all forced
+    # Bands from 0 on that are all forced; where every one is, nothing is left to choose.
+    nearest_BN1 = jnp.argmin(forced_BNM, -1, keepdims=True)
     first_BN1 = ((end_B11 - 1) // band - (nearest_BN1 - 1)) * band
     own_BNS = jnp.where(finite_BNS, jnp.where(distance_S < first_BN1, above_BNS, -jnp.inf), columns_BNS)
 

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from qwen_jax.kernels.sparse_attention import computed
 from qwen_jax.kernels.sparse_attention.bands import bands_of, tile_distances
+from qwen_jax.sparsity.attention import SparsePrefill
+from qwen_jax.sparsity.budgets import LineBudgets
 from qwen_jax.sparsity.cost_aware import Piece, band_scores, computed_pairs, select_bands
 from qwen_jax.sparsity.selection import select_lines
 
@@ -175,3 +177,26 @@ def test_rows_of_a_batch_end_where_they_end() -> None:
         np.testing.assert_array_equal(bands[b, 0], alone[1])
     assert not columns[2].any()
     np.testing.assert_array_equal(np.flatnonzero(bands[2, 0]), [0])
+
+
+def test_the_published_choice_is_kept_where_it_is_very_small_or_nearly_everything() -> None:
+    rng = np.random.default_rng(3)
+    start, end = 1024, 2048
+    columns = jnp.asarray(rng.random((1, 3, end)), jnp.float32).at[..., :30].set(jnp.inf)
+    near = jnp.asarray(rng.random((1, 3, end)) + np.arange(end)[::-1] / 50, jnp.float32)
+    diagonals = near.at[..., :100].set(jnp.inf)
+    budgets = LineBudgets(jnp.array([[30, 300, 600]]), jnp.array([[100, 500, 1900]]), 600)
+    piece = Piece(jnp.int32(start), jnp.array([end], jnp.int32))
+    published, bands, half = (
+        jax.jit(SparsePrefill(budgets, 0, 64, share).choose, static_argnames="layer")(
+            columns, diagonals, layer=0, q_start=piece.start, end_B=piece.end_B
+        )
+        for share in (None, 1.0, 0.5)
+    )
+    same = [
+        all(bool((a[0, n] == b[0, n]).all()) for a, b in zip(published, bands, strict=True)) for n in range(3)
+    ]
+    assert same == [True, False, True]
+    pairs, cost, half_cost = (computed_pairs(*lines, piece)[0] for lines in (published, bands, half))
+    assert (cost <= pairs).all()
+    assert (half_cost[1:] <= 0.5 * pairs[1:]).all()

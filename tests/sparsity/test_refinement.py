@@ -23,8 +23,6 @@ from qwen_jax.sparsity.recall import Sizes, measure
 from tests import tiny_model
 from tests.fake_recall import fake_recall  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 CONFIG = dataclasses.replace(
     tiny_model.CONFIG, num_layers=2, num_heads=2, num_kv_heads=1, dual_chunk=DualChunk(512, 128, 512)
 )

@@ -25,8 +25,6 @@ from qwen_jax.sparsity.budgets import FILE_NAME, Budget, LineBudgets, write
 from qwen_jax.sparsity.switch import sparse_prefill
 from tests import tiny_checkpoint
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 THRESHOLD, CHUNK = 300, 128
 FEW, ALL = Budget(31, 100), Budget(4096, 4096)
 DUAL_CHUNK = tiny_checkpoint.CONFIG["dual_chunk_attention_config"] | {"sparse_attention_threshold": THRESHOLD}
