@@ -38,6 +38,7 @@ class DeviceKind:
         per_chip: devices a chip shows.
         matrix_unit: width of the matrix unit. A head narrower than that fills it in part only, whatever the
             schedule, which caps attention; 0 where nothing is lost.
+        copies_mlp: whether the compiler copies the MLP's matrices of all layers at every call, to another tiling of memory.
     """
 
     name: str
@@ -49,6 +50,7 @@ class DeviceKind:
     topology_dims: int = 0
     per_chip: int = 1
     matrix_unit: int = 0
+    copies_mlp: bool = False
 
     @property
     def is_gpu(self) -> bool:
@@ -75,7 +77,8 @@ KINDS = {
         DeviceKind("v6e", 31.24 * GIB, 918e12, 1.638e12, _VENDOR, topology_dims=2, matrix_unit=256),
         # Vendor figures are of a chip, which is two devices.
         DeviceKind(
-            "tpu7x", 94.74 * GIB, 2307e12 / 2, 7.38e12 / 2, _VENDOR, topology_dims=3, per_chip=2, matrix_unit=256
+            "tpu7x", 94.74 * GIB, 2307e12 / 2, 7.38e12 / 2, _VENDOR, topology_dims=3, per_chip=2, matrix_unit=256,
+            copies_mlp=True
         ),
     )
 }  # fmt: skip

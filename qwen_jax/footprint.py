@@ -98,7 +98,14 @@ class Footprint:
             attended = max(attended + queries * element, met)
         mlp = 3 * share * c.intermediate_size // tensor * element
         logits = 4 * self.rows * c.vocab_size // tensor
-        return residual + max(projected + attended + self._expanded_bytes(), mlp) + logits
+        working = max(projected + attended + self._expanded_bytes(), mlp)
+        return residual + working + logits + self._copied_bytes()
+
+    def _copied_bytes(self) -> int:
+        """The MLP's matrices of all layers where the compiler copies them (docs/aot.md)."""
+        if not self.devices.kind.copies_mlp:
+            return 0
+        return sum(self.bytes_of(p) for p in params(self.config) if p.path.startswith("layers.mlp."))
 
     def _expanded_bytes(self) -> int:
         """K and V of one layer as a prefill piece reads them from an 8-bit cache (`cache.read_layer`)."""

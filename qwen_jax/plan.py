@@ -215,7 +215,7 @@ def _warnings(f: Footprint) -> tuple[str, ...]:
         found.append(f"the context is longer than the {limit:,} positions the model is made for")
     if f.mesh[DATA] > f.batch:
         found.append(f"data={f.mesh[DATA]} is more than the {f.batch} rows: devices stay idle")
-    if f.density < 1 and f.mesh[CONTEXT] > 1 and f.devices.kind.is_gpu:
+    if f.density < 1 and f.mesh[CONTEXT] > 1:
         found.append(
             "over a context axis the lines of a sparse prefill are computed by XLA, far slower than along tensor"
         )

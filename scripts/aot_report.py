@@ -1,9 +1,10 @@
 """Compiles the whole programs of the 1M models for TPUs that are not there, and writes what they take to docs/aot.md.
 
-    JAX_PLATFORMS=cpu uv run --group aot python -m scripts.aot_report [--model 7B] [--topology v5p:2x2x1]
+    JAX_PLATFORMS=cpu uv run --group aot python -m scripts.aot_report [--model 7B] [--topology v5p:2x2x1] [--program decode]
 
-A prefill chunk of 31,744 tokens (or what the mesh allows) and a decode step, dense, at 1,010,000 tokens in bfloat16, on the
-mesh that `qwen-jax plan` takes. "plan" is what it says the prefill needs. With a choice of model or topology it only prints.
+A prefill chunk of 31,744 tokens (or what the mesh allows), dense and sparse, and a decode step, at 1,010,000 tokens in
+bfloat16, on the mesh that `qwen-jax plan` takes. "plan" is what it says the prefill needs. Every program's row is written when
+it is there, in the place of the one that was; rows of programs that are not compiled again stay.
 """
 
 from __future__ import annotations
@@ -27,24 +28,26 @@ from qwen_jax import prefill
 from qwen_jax.cache import KVCache, abstract_cache, cache_shardings
 from qwen_jax.config import ModelConfig
 from qwen_jax.context import capacity_for
+from qwen_jax.kernels.line_scores.api import LAST_QUERIES
 from qwen_jax.model import Qwen2
 from qwen_jax.plan import plan
 from qwen_jax.sharding import full_mesh, shardings
+from qwen_jax.sparsity.attention import ALL_SPARSE, SparsePrefill
+from qwen_jax.sparsity.budgets import LineBudgets
 from qwen_jax.spread import Spread
 from scripts import tpu_topology
 from tests.released_configs import old_form
 
 CONTEXT = 1_010_000
+COLUMNS = 4096
 MODELS = {"7B": "Qwen2.5-7B-Instruct-1M", "14B": "Qwen2.5-14B-Instruct-1M"}
 TOPOLOGIES = ("v5p:2x2x1", "v5p:4x4x4", "v6e:4x4", "tpu7x:2x2x1")
+PROGRAMS = ("prefill", "sparse prefill", "decode")
+_TABLE = Path(__file__).parent.parent / "docs" / "aot.md"
 _COLLECTIVE = re.compile(
     r"= (\S+) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
 )
 _SIZES = {"bf16": 2, "f32": 4, "s32": 4, "pred": 1}
-_HEADER = (
-    "| model | topology, mesh | program | arguments | temporaries | total a device | plan | kernels "
-    "| collectives in the text | their bytes | compiled in |\n|---|---|---|---|---|---|---|---|---|---|---|\n"
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,12 +123,12 @@ class Job:
         cache = abstract_cache(self.config, 1, capacity_for(CONTEXT, CONTEXT, multiple), jnp.bfloat16)
         self.cache = jax.tree.map(_struct, cache, cache_shardings(self.mesh, jnp.bfloat16))
 
-    def prefill_chunk(self) -> Program:
-        """A whole chunk, dense."""
+    def prefill_chunk(self, *, sparse: bool = False) -> Program:
+        """A whole chunk; sparse: all prompts are, with at most COLUMNS columns a head."""
         last = jax.ShapeDtypeStruct((1, self.config.hidden_size), jnp.bfloat16, sharding=self._everywhere)
-        i = self._integers
+        i, chosen = self._integers, self._sparse() if sparse else None
         return self._compile(
-            prefill._prefill_piece, self.graph, self.params, i(1, self.chunk), i(), i(1), self.cache, last, None, i()
+            prefill._prefill_piece, self.graph, self.params, i(1, self.chunk), i(), i(1), self.cache, last, chosen, i()
         )  # fmt: skip
 
     def decode_step(self) -> Program:
@@ -136,6 +139,10 @@ class Job:
 
         i = self._integers
         return self._compile(jax.jit(step, donate_argnums=2), self.params, i(1), self.cache, i(1), i(1))
+
+    def _sparse(self) -> SparsePrefill:
+        heads = self._integers(self.config.num_layers, self.config.num_heads)
+        return SparsePrefill(LineBudgets(heads, heads, COLUMNS), ALL_SPARSE, LAST_QUERIES)
 
     def _compile(self, jitted: Any, *args: Any) -> Program:
         begun = time.perf_counter()
@@ -158,21 +165,34 @@ def _struct(leaf: Any, sharding: NamedSharding) -> Any:
 def row(name: str, topology: str, kind: str) -> str:
     """The table's row of one program; it says why where the program does not compile."""
     job = Job(name, topology)
-    start = f"| {name} | {topology}, {job.axes} | "
-    planned = f"{job.plan.total_bytes / 1e9:.2f} GB" if kind == "prefill" else ""
-    title = f"prefill, {job.chunk:,} tokens" if kind == "prefill" else "decode step"
+    planned = "" if kind == "decode" else f"{job.plan.total_bytes / 1e9:.2f} GB"
+    title = "decode step" if kind == "decode" else f"{kind}, {job.chunk:,} tokens"
+    start = f"| {name} | {topology}, {job.axes} | {title} | "
     try:
-        program = job.prefill_chunk() if kind == "prefill" else job.decode_step()
+        program = job.decode_step() if kind == "decode" else job.prefill_chunk(sparse=kind != "prefill")
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0][:200].replace("|", "/")
-        return f"{start}{title} | does not compile: {reason} | | | {planned} | | | | |\n"
+        return f"{start}does not compile: {reason} | | | {planned} | | | | |"
     counts, size = program.collectives()
     listed = ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items())) or "none"
     return (
-        f"{start}{title} | {program.arguments / 1e9:.2f} GB | {program.temporaries / 1e9:.2f} GB "
+        f"{start}{program.arguments / 1e9:.2f} GB | {program.temporaries / 1e9:.2f} GB "
         f"| {program.total / 1e9:.2f} GB | {planned} | {program.kernels} | {listed} | {size / 1e6:.1f} MB "
-        f"| {program.seconds:.0f} s |\n"
+        f"| {program.seconds:.0f} s |"
     )
+
+
+def with_row(page: str, row: str) -> str:
+    """The page with this row in its table, in the place of the one of the same program, else last."""
+    lines = page.splitlines()
+    program = row.split("|")[1:4]
+    table = [n for n, line in enumerate(lines) if line.startswith("|")]
+    same = [n for n in table if lines[n].split("|")[1:4] == program]
+    if same:
+        lines[same[0]] = row
+    else:
+        lines.insert(table[-1] + 1, row)
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -181,20 +201,16 @@ def main() -> None:
     )
     parser.add_argument("--model", choices=MODELS)
     parser.add_argument("--topology", choices=TOPOLOGIES)
+    parser.add_argument("--program", choices=PROGRAMS)
     chosen = parser.parse_args()
     if reason := tpu_topology.why_no_compiler():
         raise SystemExit(reason)
-    table = _HEADER
-    print(table, end="", flush=True)
-    for name in [chosen.model] if chosen.model else MODELS:
+    for kind in [chosen.program] if chosen.program else PROGRAMS:
         for topology in [chosen.topology] if chosen.topology else TOPOLOGIES:
-            for kind in ("prefill", "decode"):
-                table += (more := row(name, topology, kind))
-                print(more, end="", flush=True)
-    if not (chosen.model or chosen.topology):
-        (Path(__file__).parent.parent / "docs" / "aot.md").write_text(
-            f"# Whole programs, compiled for TPUs\n\n{' '.join((__doc__ or '').split('    ')[-1].split())}\n\n{table}"
-        )
+            for name in [chosen.model] if chosen.model else MODELS:
+                found = row(name, topology, kind)
+                print(found, flush=True)
+                _TABLE.write_text(with_row(_TABLE.read_text(), found))
 
 
 if __name__ == "__main__":
