@@ -20,3 +20,11 @@ def test_a_decode_step_of_7b_at_a_million_tokens_fits_four_v5p_as_the_plan_says(
     counts, size = program.collectives()
     assert counts["all-reduce"] <= 4
     assert size < 2**20  # a decode step exchanges activations of one token
+
+
+def test_a_row_takes_the_place_of_its_program() -> None:
+    page = "# Title\n\n| model | topology | program | total |\n|---|---|---|---|\n| 7B | v5p | decode | 1 |\n\n- note\n"
+    again = aot_report.with_row(page, "| 7B | v5p | decode | 2 |")
+    assert again == page.replace("| 1 |", "| 2 |")
+    more = aot_report.with_row(again, "| 14B | v5p | decode | 3 |")
+    assert more == again.replace("| 2 |\n", "| 2 |\n| 14B | v5p | decode | 3 |\n")

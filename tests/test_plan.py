@@ -126,6 +126,12 @@ def test_14b_on_tpus(devices: str, mesh: dict[str, int], gigabytes: float) -> No
     assert made.fits
 
 
+@pytest.mark.parametrize(("devices", "gigabytes"), [("v5p:2x2x1", 19.24), ("tpu7x:2x2x1", 15.22)])
+def test_7b_takes_what_its_compiled_prefill_does(devices: str, gigabytes: float) -> None:
+    """The programs of docs/aot.md; on tpu7x the compiler copies the MLP's matrices."""
+    assert plan(B7, 1_010_000, devices).total_bytes / 1e9 == pytest.approx(gigabytes, rel=0.1)
+
+
 def test_14b_in_8_bits_fits_one_h200_only_beyond_jax_default() -> None:
     made = plan(B14, 1_010_000, "h200:1", kv_dtype="int8")
     assert (made.weight_bytes + made.kv_bytes) / GB == pytest.approx(131.9, abs=0.1)
