@@ -6,9 +6,10 @@ and nothing is stored a (query tile, key tile).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +18,31 @@ from jax import lax
 from qwen_jax.kernels.products import einsum
 from qwen_jax.kernels.sparse_attention.bands import BAND, tile_distances
 
-MapHeads = Callable[[Callable[[jax.Array], jax.Array]], Callable[[jax.Array], jax.Array]]
+
+@dataclasses.dataclass(frozen=True)
+class Making:
+    """How lists are made, by what the compiler makes well of it.
+
+    Attributes:
+        bits: columns that one word of bits holds.
+        product: whether words are added up by a product, exactly in any precision, one head after another, or by integer sums.
+        loops: whether steps that follow each other are loops, or written out.
+    """
+
+    bits: int
+    product: bool
+    loops: bool
+
+    def repeat(self, count: int, step: Callable[[Any, Any], Any], start: Any) -> Any:
+        """`step(n, value)` for n = 0 to count - 1."""
+        if self.loops:
+            return lax.fori_loop(0, count, step, start)
+        return functools.reduce(lambda value, n: step(jnp.int32(n), value), range(count), start)
 
 
-def one_by_one(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
-    """`function` of every head, one after another: the TPU's compiler takes minutes to lay out tiles of many heads at once."""
-    return functools.partial(lax.map, function)
+ON_GPU = Making(bits=32, product=False, loops=False)
+# The TPU's compiler takes minutes to lay out tiles of many heads at once, and as long for searches that are written out.
+ON_TPU = Making(bits=16, product=True, loops=True)
 
 
 class Lists(NamedTuple):
@@ -63,8 +83,8 @@ def lists_of(
     last_tile: jax.Array,
     stage_tiles: tuple[jax.Array, jax.Array],
     dca: bool,
+    making: Making,
     align: int = BAND,
-    map_heads: MapHeads = jax.vmap,
 ) -> Lists:
     """The lists of a piece.
 
@@ -73,16 +93,18 @@ def lists_of(
         last_tile: the piece's last query tile, at most M - 1: no column from there on is laid out.
         stage_tiles: key tiles where the SUCC and the INTRA keys start.
         dca: whether there are stages.
+        making: by which operations; the lists are the same.
         align: slots a tile.
-        map_heads: all heads at once, or `one_by_one`.
     """
     B, N, S = columns_BNS.shape
     X, M = B * N, tile_distances(S)
-    bits_XMW = _words(columns_BNS.reshape(X, S), M, map_heads)
+    bits_XMW = _words(columns_BNS.reshape(X, S), M, making)
     before_XM = jnp.minimum(_sums(lax.population_count(bits_XMW).sum(-1).astype(jnp.int32)), most_columns)
     inter_X, older_X, all_X = (before_XM[:, at] for at in (*stage_tiles, last_tile))
     slots = column_slots(most_columns, dca, align)
-    position_XP, is_column_XP, ends = _positions(bits_XMW, before_XM, (inter_X, older_X, all_X), slots, align)
+    position_XP, is_column_XP, ends = _positions(
+        bits_XMW, before_XM, (inter_X, older_X, all_X), slots, align, making
+    )
 
     in_band_XM = bands_BNM.reshape(X, M).at[:, 0].set(True)
     nearer_XM = _sums(in_band_XM.astype(jnp.int32))
@@ -95,23 +117,22 @@ def lists_of(
     return Lists(near_XM, nearer_XM, in_band_XM, before_XM, older_X, position_XP, is_column_XP, *ends)
 
 
-_BITS = 16
-
-
-def _words(columns_XS: jax.Array, M: int, map_heads: MapHeads) -> jax.Array:
-    """uint32[X, M, words of a tile]: the columns of every key tile as bits, lowest first, 16 a word.
-
-    They are added up by a product, exactly in any precision.
-    """
-    S = columns_XS.shape[1]
-    place, word = jnp.arange(BAND)[:, None], jnp.arange(BAND // _BITS)
-    weight_PW = jnp.where(place // _BITS == word, 1 << (place % _BITS), 0).astype(jnp.bfloat16)
+def _words(columns_XS: jax.Array, M: int, making: Making) -> jax.Array:
+    """uint32[X, M, words of a tile]: the columns of every key tile as bits, lowest first."""
+    X, S = columns_XS.shape
+    padded_XS = jnp.pad(columns_XS, ((0, 0), (0, M * BAND - S)))
+    if not making.product:
+        weight = jnp.uint32(1) << jnp.arange(making.bits, dtype=jnp.uint32)
+        bits = padded_XS.reshape(X, M, BAND // making.bits, making.bits)
+        return jnp.where(bits, weight, jnp.uint32(0)).sum(-1, dtype=jnp.uint32)
+    place, word = jnp.arange(BAND)[:, None], jnp.arange(BAND // making.bits)
+    weight_PW = jnp.where(place // making.bits == word, 1 << (place % making.bits), 0).astype(jnp.bfloat16)
 
     def one_head(columns_S: jax.Array) -> jax.Array:
         tiles_MP = columns_S.astype(jnp.bfloat16).reshape(M, BAND)
         return einsum("MP,PW->MW", tiles_MP, weight_PW).astype(jnp.uint32)
 
-    return map_heads(one_head)(jnp.pad(columns_XS, ((0, 0), (0, M * BAND - S))))
+    return lax.map(one_head, padded_XS)
 
 
 def _sums(x_XM: jax.Array) -> jax.Array:
@@ -125,6 +146,7 @@ def _positions(
     counts: tuple[jax.Array, jax.Array, jax.Array],
     slots: int,
     align: int,
+    making: Making,
 ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
     """Where the columns lie: (position int32[X, P], is there one, end of the INTER tiles and of the SUCC tiles, int32[X]).
 
@@ -155,7 +177,7 @@ def _positions(
         reached = (tile_XP + step < M) & (at(before_XM, further) <= rank_XP)
         return jnp.where(reached, further, tile_XP)
 
-    tile_XP = lax.fori_loop(0, powers, nearer, jnp.zeros_like(rank_XP))
+    tile_XP = making.repeat(powers, nearer, jnp.zeros_like(rank_XP))
     flat_XW = bits_XMW.reshape(bits_XMW.shape[0], -1)
 
     def later(n: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -165,11 +187,11 @@ def _positions(
         return jnp.where(passed, rank_XP - count, rank_XP), jnp.where(passed, n + 1, word_XP)
 
     start = rank_XP - at(before_XM, tile_XP), jnp.zeros_like(rank_XP)
-    rank_XP, word_XP = lax.fori_loop(0, words, later, start)
+    rank_XP, word_XP = making.repeat(words, later, start)
     word_XP = jnp.minimum(word_XP, words - 1)
     bits_XP = at(flat_XW, tile_XP * words + word_XP)
     bit_XP = jnp.zeros_like(rank_XP)
-    for width in (8, 4, 2, 1):
+    for width in (1 << power for power in reversed(range(making.bits.bit_length() - 1))):
         low = (bits_XP >> bit_XP.astype(jnp.uint32)) & jnp.uint32((1 << width) - 1)
         count = lax.population_count(low).astype(jnp.int32)
         passed = rank_XP >= count
@@ -177,5 +199,5 @@ def _positions(
             jnp.where(passed, rank_XP - count, rank_XP),
             jnp.where(passed, bit_XP + width, bit_XP),
         )
-    position_XP = (tile_XP * words + word_XP) * _BITS + bit_XP
+    position_XP = (tile_XP * words + word_XP) * making.bits + bit_XP
     return jnp.where(valid_XP, position_XP, 0), valid_XP, (inter_end[:, 0], succ_end[:, 0])

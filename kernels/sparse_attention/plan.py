@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.kernels.sparse_attention.bands import BAND, tile_distances
-from qwen_jax.kernels.sparse_attention.lists import lists_of
+from qwen_jax.kernels.sparse_attention.lists import ON_GPU, lists_of
 
 _PADDING = 1 << 30  # the key tile of a slot without a column: before no query tile
 
@@ -65,6 +65,7 @@ def plan(
         last_tile=c_C[-1],
         stage_tiles=(succ, intra),
         dca=dca,
+        making=ON_GPU,
     )
 
     bands = [lists.nearer[:, c_C - lowest + 1] for lowest in (intra, succ, 0)]

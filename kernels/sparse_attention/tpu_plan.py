@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.kernels.sparse_attention.bands import BAND, tile_distances
-from qwen_jax.kernels.sparse_attention.lists import lists_of, one_by_one
+from qwen_jax.kernels.sparse_attention.lists import ON_TPU, lists_of
 from qwen_jax.kernels.tpu import LANES
 
 FIELDS = 5  # int32 a query block, see `Plan.counts`
@@ -59,7 +59,7 @@ def plan(
     first_C = first_tile + jnp.arange(blocks, dtype=jnp.int32) * tiles
     last_C = jnp.minimum(first_C + tiles - 1, M - 1)
     lists = lists_of(
-        columns_BNS, bands_BNM, most_columns=most_columns, last_tile=last_C[-1], dca=dca, align=align, map_heads=one_by_one,
+        columns_BNS, bands_BNM, most_columns=most_columns, last_tile=last_C[-1], dca=dca, align=align, making=ON_TPU,
         stage_tiles=(stage_starts[0] // BAND, stage_starts[1] // BAND),
     )  # fmt: skip
     real_XC = jnp.repeat(first_C * BAND < kv_len_B[:, None], N, axis=0)
