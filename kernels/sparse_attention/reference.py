@@ -20,6 +20,7 @@ from qwen_jax.kernels.sparse_attention.bands import BAND
 from qwen_jax.rope import Rotary
 
 BATCH = 256  # keys a step; several tiles make one matrix product
+TOGETHER = 4  # query tiles that walk side by side, each its own keys: more work a step
 
 
 class _Batch(NamedTuple):
@@ -61,6 +62,8 @@ def attend_lines(
     layer, q_start = jnp.int32(layer), jnp.int32(q_start)
     kv_len_B = jnp.asarray(kv_len_B, jnp.int32)
     C = -(-T // band) + 1  # tiles that T queries lie in if they start inside one
+    together = min(TOGETHER, C)
+    C = -(-C // together) * together  # those past the queries walk nothing
     into, first_tile = q_start % band, q_start // band
     i_T = q_start + jnp.arange(T, dtype=jnp.int32)
     q_PBTNH = jnp.stack([rotary.rotate_queries(q_BTNH, i_T, stage) for stage in rotary.stages])
@@ -82,7 +85,7 @@ def attend_lines(
             c, q_PTH = xs
             return head.attend(q_PTH, first_tile + c, q_start, rotary, scale_B[b])
 
-        return lax.map(one_tile, (jnp.arange(C, dtype=jnp.int32), q_CPTH))
+        return lax.map(one_tile, (jnp.arange(C, dtype=jnp.int32), q_CPTH), batch_size=together)
 
     heads = jnp.arange(B * N, dtype=jnp.int32)
     lines = columns_BNS.reshape(B * N, S), bands_BNM.reshape(B * N, -1)
