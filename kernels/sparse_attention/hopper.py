@@ -24,9 +24,11 @@ from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
+from qwen_jax.kernels.blocks import Blocks
 from qwen_jax.kernels.hopper import Ring, multiprocessors, tiled
 from qwen_jax.kernels.hopper_walk import COLUMN, ROW, ROWS, Walk
 from qwen_jax.kernels.sparse_attention.bands import BAND
+from qwen_jax.kernels.sparse_attention.tiles import entries, residues
 
 WGS = BAND // ROWS
 FIELDS, OWN_KEYS = 9, 2  # int32 a work item, see `plan.Plan.items`, and the place of its own keys
@@ -64,6 +66,14 @@ class Problem:
     capacity: int
     head_dim: int
     columns: int  # slots of compacted columns a head
+    blocks: Blocks | None = (
+        None  # how positions are dealt to several devices, of which this one's are in the cache
+    )
+
+    @property
+    def distances(self) -> int:
+        """Tile distances that there are."""
+        return pl.cdiv(self.capacity * (self.blocks.count if self.blocks else 1), BAND)
 
     @property
     def query_tiles(self) -> int:
@@ -92,7 +102,8 @@ def sparse_prefill(
     stages = tiling.stages
     items = B * N * problem.query_tiles
     blocks = min(multiprocessors(), items)
-    distances = pl.cdiv(problem.capacity, BAND)
+    distances, dealt = problem.distances, problem.blocks
+    R, K = residues(dealt), entries(dealt, distances)
     dca = problem.versions == 3
 
     def kernel(
@@ -173,10 +184,16 @@ def sparse_prefill(
             at = (layer * B + b) * problem.kv_heads + lax.div(head, problem.group)
             bands, steps = ends[2], ends[5]
 
+            query_tile = first_tile + tile
+            listed = (pair if R == 1 else pair * R + lax.rem(query_tile, R)) * K
+
             def load_band(j: jax.Array, _: None) -> None:
-                key_tile = first_tile + tile - near_ref[pair * distances + j]
-                # Past the end of a row nothing need be a number: a query tile there reads the first key tile, and masks it.
-                key_tile = jnp.where(own_keys > 0, key_tile, 0)
+                key_tile = query_tile - near_ref[listed + j]
+                if dealt:  # from positions to slots
+                    each = dealt.size // BAND
+                    key_tile = lax.div(key_tile, R) * each + lax.rem(key_tile, each)
+                # Where no key of the own tile is real and here, nothing there need be a number: the first is read, and masked.
+                key_tile = jnp.where((j > 0) | (own_keys > 0), key_tile, 0)
                 ring.load(source.at[at, pl.ds(key_tile * BAND, BAND)], first + j)
 
             def load_columns(j: jax.Array, _: None) -> None:

@@ -5,6 +5,7 @@ On the GPU itself `scripts/check_gpu.py` checks every class of shapes.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import pytest
 
 from qwen_jax.config import DualChunk
+from qwen_jax.kernels.blocks import Blocks, Share
 from qwen_jax.kernels.sparse_attention import api, hopper, mosaic_gpu
 from qwen_jax.kernels.sparse_attention.bands import BAND, tile_distances
 from qwen_jax.rope import Rotary
@@ -44,6 +46,22 @@ def test_every_stage_of_a_ragged_piece_in_the_third_chunk(into: int, lengths: tu
     """It starts with a tile or inside one; a row that has ended is finite."""
     start = 4 * BAND + into
     check(start, 144, (start + lengths[0], start + lengths[1]), (1, 1))
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(
+    ("blocks", "tiles", "into", "plain"),
+    [
+        (Blocks(BAND, 2), 6, 20, False),
+        (Blocks(2 * BAND, 2), 8, 0, True),
+        (Blocks(BAND, 4), 12, 20, False),
+    ],
+)
+def test_devices_that_hold_shares_agree_with_one(blocks: Blocks, tiles: int, into: int, plain: bool) -> None:
+    """In the third chunk of rounds, from a tile's start or inside one, to a row's end; one row ends in the first tile."""
+    shared = dataclasses.replace(check, capacity=tiles * BAND, dca=DualChunk(3 * blocks.round, blocks.round))
+    start = (tiles - 2) * BAND + into
+    shared(start, 144, (start + 140, start + 3), (1, 1), plain=plain, dca=DualChunk(blocks.round + BAND, BAND), blocks=blocks)
 
 
 @pytest.fixture
