@@ -115,15 +115,16 @@ def lists_of(
         distances_RK, listed_XRK = jnp.arange(M, dtype=jnp.int32)[None], in_band_XM[:, None]
     else:
         listed_XRK = (distances_RK < M) & in_band_XM[:, jnp.minimum(distances_RK, M - 1)]
-    R, K = distances_RK.shape
-    nearer_XRK = _sums(listed_XRK.astype(jnp.int32))
-    place_XRK = jnp.where(listed_XRK, nearer_XRK[..., :-1], K)
-    at_X11, at_R1 = jnp.arange(X, dtype=jnp.int32)[:, None, None], jnp.arange(R, dtype=jnp.int32)[:, None]
-    near_XRK = (
-        jnp.zeros((X, R, K), jnp.int32)
-        .at[at_X11, at_R1, place_XRK]
-        .set(jnp.broadcast_to(distances_RK, (X, R, K)), mode="drop", unique_indices=True)
+    shape = X, *distances_RK.shape
+    listed_YK = listed_XRK.reshape(-1, shape[-1])  # Y = X * R
+    nearer_YK = _sums(listed_YK.astype(jnp.int32))
+    place_YK = jnp.where(listed_YK, nearer_YK[:, :-1], shape[-1])
+    rows_Y = jnp.arange(len(listed_YK), dtype=jnp.int32)[:, None]
+    distance_YK = jnp.broadcast_to(distances_RK, shape).reshape(-1, shape[-1])
+    near_YK = (
+        jnp.zeros_like(distance_YK).at[rows_Y, place_YK].set(distance_YK, mode="drop", unique_indices=True)
     )
+    near_XRK, nearer_XRK = near_YK.reshape(shape), nearer_YK.reshape(*shape[:2], -1)
     return Lists(near_XRK, nearer_XRK, in_band_XM, before_XM, older_X, position_XP, is_column_XP, *ends)
 
 
@@ -145,9 +146,9 @@ def _words(columns_XS: jax.Array, M: int, making: Making) -> jax.Array:
     return lax.map(one_head, padded_XS)
 
 
-def _sums(x: jax.Array) -> jax.Array:
-    """int32[..., M + 1] of x[..., M]: the sum of all before each place, and of all."""
-    return jnp.pad(jnp.cumsum(x, axis=-1, dtype=jnp.int32), [*[(0, 0)] * (x.ndim - 1), (1, 0)])
+def _sums(x_XM: jax.Array) -> jax.Array:
+    """int32[X, M + 1]: the sum of all before each place, and of all."""
+    return jnp.pad(jnp.cumsum(x_XM, axis=-1, dtype=jnp.int32), ((0, 0), (1, 0)))
 
 
 def _positions(
