@@ -148,6 +148,8 @@ def sparse_prefill(
 
             def causal(s: jax.Array, _: jax.Array) -> jax.Array:
                 last = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW) + wg * ROWS
+                if dealt:  # the first tile may be another, all of which is seen
+                    last = last + jnp.maximum(handed(_OWN_KEYS) - BAND, 0)
                 last = jnp.minimum(last, handed(_OWN_KEYS) - 1)
                 key = plgpu.broadcasted_iota(jnp.int32, (BAND,), 0, layout=COLUMN)
                 seen = lax.broadcast_in_dim(key, s.shape, [1]) <= lax.broadcast_in_dim(last, s.shape, [0])
@@ -186,6 +188,8 @@ def sparse_prefill(
 
             query_tile = first_tile + tile
             listed = (pair if R == 1 else pair * R + lax.rem(query_tile, R)) * K
+            if dealt:
+                listed = listed + (own_keys > BAND).astype(jnp.int32)
 
             def load_band(j: jax.Array, _: None) -> None:
                 key_tile = query_tile - near_ref[listed + j]
@@ -233,7 +237,7 @@ def sparse_prefill(
             after = seen + ends[5], seen_columns + (ends[5] - ends[2])
             b, head = lax.div(pair, N), lax.rem(pair, N)
 
-            def load(which: int, n: jax.Array, until: jax.Array, first: bool) -> None:
+            def load(which: Any, n: jax.Array, until: jax.Array, first: bool) -> None:
                 for w in range(WGS):
                     pl.when(n > 0)(functools.partial(plgpu.barrier_wait, q_free.at[w]))
                     fields = {_UNTIL: until}
@@ -256,7 +260,10 @@ def sparse_prefill(
                 load(0, done, ends[5], first=True)
                 return done + 1, *after
             # A segment that has tiles asks for its rotation, unless that is the one at hand.
-            now, switches = jnp.int32(_INTRA), []
+            foremost = jnp.int32(_INTRA)  # that of the own tile, or of what the walk begins with instead
+            if dealt:
+                foremost = jnp.where(ends[0] > 0, _INTRA, jnp.where(ends[1] > 0, _SUCC, _INTER))
+            now, switches = foremost, []
             for which, start, end in zip(_SEGMENTS[1:], ends, ends[1:], strict=False):
                 switches.append((which, start, (end > start) & (now != which)))
                 now = jnp.where(end > start, which, now)
@@ -264,7 +271,7 @@ def sparse_prefill(
             for which, start, needed in reversed(switches):
                 loads.append((which, until, needed))
                 until = jnp.where(needed, start, until)
-            load(_INTRA, done, until, first=True)  # the own tile
+            load(foremost if dealt else _INTRA, done, until, first=True)
             done = done + 1
             for which, until, needed in reversed(loads):
                 pl.when(needed)(functools.partial(load, which, done, until, first=False))

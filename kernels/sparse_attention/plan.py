@@ -13,6 +13,7 @@ from qwen_jax.kernels.sparse_attention.lists import ON_GPU, lists_of
 from qwen_jax.kernels.sparse_attention.tiles import Tiles, residues
 
 _PADDING = 1 << 30  # the key tile of a slot without a column: before no query tile
+_NO_OWN = 2 * BAND  # instead of own keys
 
 
 class Plan(NamedTuple):
@@ -21,9 +22,10 @@ class Plan(NamedTuple):
 
     Attributes:
         items: int32[X * C * 9], the work, dearest heads first and each head's latest query tiles first: (index in X, query
-            tile of the piece, real keys of its own key tile that are here, ends of six segments of key tiles). The segments
-            are the bands in the query's own chunk, in the chunk before and in older ones, then the columns in older chunks,
-            in the chunk before, in the own one. The first key tile is the own one, even if none of its keys is here.
+            tile of the piece, real keys of its own key tile, ends of six segments of key tiles). The segments are the bands
+            in the query's own chunk, in the chunk before and in older ones, then the columns in older chunks, in the chunk
+            before, in the own one. The first key tile is the own one. If that is not here, the walk begins with the next
+            band, and more than BAND own keys say so; if there is no other band, with nothing, in place of no own keys.
         near: int32[X * R * K], for query tiles of each residue the tile distances in a head's bands whose key tiles are here,
             ascending from 0; then anything.
         in_band: int8[X * M], by tile distance.
@@ -86,7 +88,11 @@ def plan(
     real_XC = jnp.repeat(tile_C * BAND < kv_len_B[:, None], N, axis=0)
     ends_XC = [jnp.where(real_XC, end, 1) for end in (*bands, *(bands[-1] + more for more in columns))]
     own_keys_XC = jnp.repeat(jnp.clip(kv_len_B[:, None] - tile_C * BAND, 0, BAND), N, axis=0)
-    own_keys_XC = jnp.where(tiles.holds(tile_C), own_keys_XC, 0)
+    if share is not None:
+        here_XC = jnp.broadcast_to(tiles.holds(tile_C), own_keys_XC.shape)
+        next_XC = ~here_XC & (ends_XC[2] > 1)
+        ends_XC = [end - next_XC for end in ends_XC]
+        own_keys_XC = jnp.where(here_XC, own_keys_XC, jnp.where(next_XC, _NO_OWN, 0))
 
     dearest_X = jnp.argsort(-ends_XC[-1].sum(-1)).astype(jnp.int32)
     tile_XC = jnp.broadcast_to(jnp.arange(query_tiles, dtype=jnp.int32), (X, query_tiles))

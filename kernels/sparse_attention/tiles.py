@@ -38,9 +38,7 @@ class Tiles:
 
     def holds(self, tile: Any) -> Any:
         """Whether a tile of positions is here."""
-        if self.share is None:
-            return jnp.full_like(tile, True, bool)
-        return self.share.blocks.owner(tile * BAND) == self.share.rank
+        return self.share is None or self.share.blocks.owner(tile * BAND) == self.share.rank
 
     def below(self, tile: Any) -> Any:
         """How many tiles of slots hold positions below this tile of positions."""

@@ -62,18 +62,20 @@ def walked(
     visits = {}
     for pair, tile, own_keys, *ends in items:
         c, length = first_tile + tile, kv_len[pair // N]
-        assert own_keys == min(max(length - c * BAND, 0), BAND) * here[c * BAND]
         count = visits[int(pair), int(tile)] = np.zeros(M * BAND, int)
         if c * BAND >= length:
+            assert own_keys == 0
             assert set(ends) == {1}
             continue
+        skipped = int(not here[c * BAND] and ends[2] + (own_keys > BAND) > 1)
+        assert own_keys == (min(length - c * BAND, BAND) if here[c * BAND] else 2 * BAND * skipped)
         assert near[pair, c % R, 0] == 0
         for stage, low, high in zip(SEGMENTS, [0, *ends], ends, strict=False):
             for step in range(low, high):
                 if step == 0 and not own_keys:
                     continue  # nothing of it is here
                 if step < ends[2]:
-                    keys = np.arange(BAND) + (c - near[pair, c % R, step]) * BAND
+                    keys = np.arange(BAND) + (c - near[pair, c % R, step + skipped]) * BAND
                     assert here[keys[0]]
                 else:
                     slots = np.arange(BAND) + (step - ends[2]) * BAND
