@@ -63,6 +63,18 @@ def test_devices_that_hold_shares_agree_with_one(blocks: Blocks, tiles: int, int
 
 
 @pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("distance", [1, 3])
+def test_a_walk_may_begin_in_an_older_chunk(distance: int) -> None:
+    """Of the third chunk's first query tile the second device has no own key: its only band lies in the chunk before, or in
+    the one before that, and columns in all."""
+    blocks, start = Blocks(BAND, 2), 4 * BAND
+    dealt = dataclasses.replace(check, capacity=6 * BAND, dca=DualChunk(3 * BAND, BAND))
+    columns, bands = dealt.no_lines(1, 1)
+    columns[..., ::9], bands[..., distance] = True, True
+    dealt(start, BAND, (start + BAND,), (1, 1), lines=(columns, bands), blocks=blocks)
+
+
+@pytest.mark.usefixtures("interpreted")
 def test_each_device_gives_what_the_reference_gives_for_its_keys() -> None:
     """The first head has no line: only the device that holds a query's own key tile has a key for it."""
     blocks, start, T, H = Blocks(BAND, 2), 3 * BAND, 200, 64
