@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -390,13 +391,15 @@ def test_warnings() -> None:
         "the context is longer than the 32,768 positions the model is made for",
         "data=2 is more than the 1 rows: devices stay idle",
     )
-    ahead = plan(
-        B7, 4096, "h200:8", kv_dtype="int8", weight_dtype="fp8", density=0.1, mesh="context=2,tensor=4"
+    by_xla = (
+        "over a context axis the lines of a sparse prefill are computed by XLA, far slower than along tensor"
     )
-    assert ahead.warnings == (
-        "over a context axis the lines of a sparse prefill are computed by XLA, far slower than along tensor",
-        "scoring and choosing the lines of a sparse prefill is not counted",
-    )
+    uncounted = "scoring and choosing the lines of a sparse prefill is not counted"
+    sparse = functools.partial(plan, B7, 4096, density=0.1)
+    ahead = sparse("h200:8", kv_dtype="int8", weight_dtype="fp8", mesh="context=2,tensor=4")
+    assert ahead.warnings == (uncounted,)
+    assert sparse("v5p:2x2x2", mesh="context=2,tensor=4").warnings == (by_xla, uncounted)
+    assert sparse("h200:16", mesh="context=16,tensor=1").warnings == (by_xla, uncounted)  # no whole key tiles
     assert not plan(B7, 4096, "h200:1").warnings
 
 

@@ -66,8 +66,8 @@ def plan(
     own_XC = -((lists.older[:, None] - lists.before[:, last_C]) // align)
     counts_XCF = jnp.stack(
         [
-            jnp.where(real_XC, lists.nearer[:, last_C + 1], 0),
-            lists.nearer[:, jnp.minimum(first_C, M - 1) + 1],
+            jnp.where(real_XC, lists.nearer[:, 0, last_C + 1], 0),
+            lists.nearer[:, 0, jnp.minimum(first_C, M - 1) + 1],
             jnp.where(real_XC, lists.succ_end[:, None] + own_XC, 0),
             *(jnp.broadcast_to(end[:, None], (X, blocks)) for end in (lists.inter_end, lists.succ_end)),
         ],
@@ -80,7 +80,7 @@ def plan(
         first_tile,
         -(-blocks * tiles // LANES) * LANES,
     )
-    return Plan(counts_XCF.reshape(-1), lists.near[:, None], lists.position, left_out_XPQ)
+    return Plan(counts_XCF.reshape(-1), lists.near, lists.position, left_out_XPQ)
 
 
 def _left_out(
