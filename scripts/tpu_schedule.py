@@ -206,7 +206,7 @@ def main() -> None:
 def _kernels(generation: str) -> Iterator[tuple[str, Schedule, float, tuple[str, ...]]]:
     yield "splash", splash_schedule(generation), 1, ("all tiles",)
     for head_dim in (128, 64):
-        tiling = tiling_for(1 << 20, 253_952)
+        tiling = tiling_for(generation, head_dim, 1 << 20, 253_952)
         sizes = f"{tiling.block_q} x {tiling.block_kv}, {tiling.block_compute}"
         schedule = prefill_schedule(generation, tiling, head_dim)
         yield (
