@@ -103,6 +103,14 @@ def test_compiles_for_a_tpu_without_copying_the_cache(generation: str) -> None:
     assert all(re.search(r"(parameter|get-tuple-element|bitcast)\(", line) for line in caches), caches
 
 
+@needs_compiler
+def test_a_cache_with_heads_of_64_is_refused_before_it_is_copied() -> None:
+    with pytest.raises(NotImplementedError, match="a head of 64 lies along lanes"):
+        tpu_topology.compile_for_one(
+            tpu_topology.SMALLEST["v5e"], functools.partial(call, dca=None), *arguments(512, (2, 1), 64, 4096)
+        )
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
