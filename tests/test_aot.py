@@ -7,7 +7,6 @@ import pytest
 from qwen_jax.devices import parse_devices
 from scripts import aot_report, tpu_topology
 
-
 needs_compiler = pytest.mark.skipif(
     tpu_topology.why_no_compiler() is not None, reason=tpu_topology.why_no_compiler() or ""
 )
