@@ -1,4 +1,4 @@
-"""One whole program through the TPU's compiler; `scripts/aot_report.py` compiles the others."""
+"""Whole programs through the TPU's compiler; `scripts/aot_report.py` compiles more of them."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from tests.kernels.tpu_interpreter import INTERPRETER, races_found
 QWEN_1M = DualChunk(262_144, 8_192)
 S = 9 * BAND - 48
 check = Check(
-    "mosaic_tpu", BAND, S, 64, DualChunk(4 * BAND, BAND), dtype=jnp.bfloat16, tolerance=3e-2, most=300
+    "mosaic_tpu", BAND, S, 128, DualChunk(4 * BAND, BAND), dtype=jnp.bfloat16, tolerance=3e-2, most=300
 )
 
 
