@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from qwen_jax.cache import in_place
 from qwen_jax.devices import parse_devices
 from scripts import aot_report, tpu_topology
 
@@ -34,6 +37,17 @@ def test_a_decode_step_with_heads_of_64_copies_nothing_of_the_cache() -> None:
     assert program.kernels == 1
     assert program.temporaries < 0.01 * job.plan.kv_bytes
     assert program.total == pytest.approx(job.plan.weight_bytes + job.plan.kv_bytes, rel=0.1)
+
+
+@needs_compiler
+@pytest.mark.parametrize("generation", list(tpu_topology.SMALLEST))
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_caches_arrive_in_the_layout_that_is_pinned(generation: str, head_dim: int) -> None:
+    cache = jax.ShapeDtypeStruct((2, 1, 2, 512, head_dim), jnp.bfloat16)
+    compiled = tpu_topology.compile_for_one(
+        tpu_topology.SMALLEST[generation], lambda x: in_place(2 * x), cache
+    )
+    assert "copy(" not in compiled.as_text()
 
 
 def test_a_row_takes_the_place_of_its_program() -> None:
