@@ -25,7 +25,7 @@ from tests.kernels.tpu_interpreter import INTERPRETER, races_found
 QWEN_1M = DualChunk(262_144, 8_192)
 S = 9 * BAND - 48
 check = Check(
-    "mosaic_tpu", BAND, S, 64, DualChunk(4 * BAND, BAND), dtype=jnp.bfloat16, tolerance=3e-2, most=300
+    "mosaic_tpu", BAND, S, 128, DualChunk(4 * BAND, BAND), dtype=jnp.bfloat16, tolerance=3e-2, most=300
 )
 
 
@@ -101,6 +101,14 @@ def test_compiles_for_a_tpu_without_copying_the_cache(generation: str) -> None:
     caches = [line for line in text.splitlines() if re.search(rf"= bf16\[(2,1|1,1|1|2)?,?4,{S},128\]", line)]
     assert caches
     assert all(re.search(r"(parameter|get-tuple-element|bitcast)\(", line) for line in caches), caches
+
+
+@needs_compiler
+def test_a_cache_with_heads_of_64_is_refused_before_it_is_copied() -> None:
+    with pytest.raises(NotImplementedError, match="a head of 64 lies along lanes"):
+        tpu_topology.compile_for_one(
+            tpu_topology.SMALLEST["v5e"], functools.partial(call, dca=None), *arguments(512, (2, 1), 64, 4096)
+        )
 
 
 @pytest.mark.parametrize(
