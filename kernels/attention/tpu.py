@@ -77,6 +77,7 @@ def prefill(
     R, R_all, block_kv = problem.rows, problem.tiles * problem.rows, tiling.block_kv
     width = tiling.block_compute
     shape = WalkShape(R, block_kv, width, H, block_kv)
+    whole_kind = 1  # of key tiles that all rows see whole; those of kind 0 are masked
 
     def kernel(
         where_ref: Any, kv_len_ref: Any, walks_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, out_ref: Any,
@@ -93,7 +94,7 @@ def prefill(
             # The last tile may overhang the cache: it is copied from further left.
             return pl.multiple_of(jnp.minimum(n * block_kv, S - block_kv), SUBLANES_BF16)
 
-        def copy(n: jax.Array, keys: bool, destination: Any, semaphore: Any) -> Any:
+        def copy(n: jax.Array, keys: bool, destination: Any, semaphore: Any, _: int) -> Any:
             source = (k_ref if keys else v_ref).at[(*at, pl.ds(start(n), block_kv))]
             return pltpu.make_async_copy(source, destination, semaphore)
 
@@ -102,9 +103,9 @@ def prefill(
                 return q_ref[0, 0, 0]
             return q_ref[jnp.where(n < succ, 0, jnp.where(n < intra, 1, 2)), 0, 0]
 
-        def score(n: jax.Array, i: int, keys: Any, masked: bool) -> jax.Array:
+        def score(n: jax.Array, i: int, keys: Any, kind: int) -> jax.Array:
             s_SR = product(keys[pl.ds(i * width, width)], queries(n), 1, 1)
-            if not masked:
+            if kind == whole_kind:
                 return s_SR
             slot = lax.broadcasted_iota(jnp.int32, (width, R), 0) + (start(n) + i * width)
             seen = positions(slot, problem.blocks, rank) <= last_seen
@@ -112,14 +113,14 @@ def prefill(
                 seen &= slot >= n * block_kv
             return jnp.where(seen, s_SR, MASKED)
 
-        def weigh(_: jax.Array, i: int, values: Any, p_SR: jax.Array, __: bool) -> jax.Array:
-            return product(values[pl.ds(i * width, width)], p_SR, 0, 0)
+        def weigh(_: jax.Array, i: int, values: Any, p_SR: jax.Array, __: int) -> jax.Array:
+            return product(values[pl.ds(i * width, width)], p_SR.astype(dtype), 0, 0)
 
-        walk = Walk(shape, Scratch(*scratch), copy, score, weigh)
+        walk = Walk(shape, Scratch(*scratch), copy, score, weigh, kinds=1 + whole_kind)
         walk.reset()
         at_walk = 2 * (b * problem.tiles + t)
         whole = walks_ref[at_walk + 1]
-        walk(walks_ref[at_walk], lambda n: n < whole)
+        walk(walks_ref[at_walk], lambda n: (n < whole).astype(jnp.int32))
         out_ref[0, 0] = walk.normalised().astype(dtype)
         lse_ref[0, 0] = walk.natural_lse()
 
