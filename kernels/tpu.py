@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import jax
+import jax.numpy as jnp
 
 from qwen_jax.kernels.blocks import Blocks
 
@@ -15,7 +16,7 @@ NOTHING_YET = (
     MASKED / 2
 )  # running maximum before any key: above MASKED, so that a masked key weighs exp2(-5e29) = 0
 LANES = 128  # a row of a vector register, and the tile width of an array in memory
-SUBLANES_BF16 = 16  # rows of a bfloat16 tile: copies start and end at multiples
+SUBLANES_BF16 = 16  # rows of a bfloat16 tile
 
 _GENERATIONS = {
     "TPU v5 lite": "v5e",
@@ -35,6 +36,22 @@ def positions(slot: jax.Array, blocks: Blocks | None, rank: jax.Array) -> jax.Ar
         return slot
     shift = blocks.size.bit_length() - 1
     return (slot >> shift) * blocks.round + rank * blocks.size + (slot & (blocks.size - 1))
+
+
+def flat(head_dim: int) -> bool:
+    """Whether keys and values of this head lie along lanes, [.., H, S]: so XLA lays out a cache whose last dimension would
+    fill its row of lanes in part only, and a kernel that wants another layout gets a copy of the cache."""
+    return head_dim < LANES
+
+
+def as_it_lies(x_LBKSH: jax.Array) -> jax.Array:
+    """Keys or values with their dimensions in the order of memory: no copy (`flat`)."""
+    return jnp.swapaxes(x_LBKSH, 3, 4) if flat(x_LBKSH.shape[4]) else x_LBKSH
+
+
+def alignment(head_dim: int) -> int:
+    """Copies of bfloat16 keys start and end at multiples of so many."""
+    return LANES if flat(head_dim) else SUBLANES_BF16
 
 
 def target() -> str:

@@ -36,6 +36,7 @@ class WalkShape:
     """Static sizes of a walk: `rows` of the query tile, `block_kv` keys a row and tile in sub-blocks of `block_compute`.
 
     buffer: keys that are copied a tile, at most; more than block_kv where rows see different ones.
+    flat: whether tiles hold keys along lanes, [H, keys] (`tpu.flat`).
     """
 
     rows: int
@@ -43,6 +44,7 @@ class WalkShape:
     block_compute: int
     head_dim: int
     buffer: int
+    flat: bool = False
 
     @property
     def subs(self) -> int:
@@ -52,6 +54,7 @@ class WalkShape:
     def scratch(self, dtype: Any) -> list[Any]:
         """What `Scratch` takes, in its order."""
         tile, scores = (self.buffer, self.head_dim), (self.block_compute, self.rows)
+        tile = tile[::-1] if self.flat else tile
         return [
             pltpu.VMEM((KEY_SLOTS, *tile), dtype),
             pltpu.VMEM((_VALUE_SLOTS, *tile), dtype),

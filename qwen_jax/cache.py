@@ -15,12 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels import quantised
 from qwen_jax.kernels.blocks import Share
+from qwen_jax.kernels.tpu import flat, generation, target
 from qwen_jax.sharding import ShardingRules
 
 
@@ -123,7 +125,16 @@ def write_chunk(
             buffer, jnp.where(new_T, x, lax.dynamic_slice(buffer, at, x.shape)), at
         )
 
-    return jax.tree.map(write, cache, _entries(cache, k_BTKH, v_BTKH))
+    return jax.tree.map(in_place, jax.tree.map(write, cache, _entries(cache, k_BTKH, v_BTKH)))
+
+
+def in_place(buffer: jax.Array) -> jax.Array:
+    """The buffer in the layout in which it arrives and leaves. Left alone, the TPU compiler carries a cache through the layers
+    in whatever layout an operation of XLA's that reads it likes best, and copies all of it."""
+    if generation(target()) is None or buffer.ndim < 5:
+        return buffer
+    order = (0, 1, 2, 4, 3) if flat(buffer.shape[-1]) else (0, 1, 2, 3, 4)
+    return with_layout_constraint(buffer, Layout(order))
 
 
 def write_token(

@@ -18,6 +18,8 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.devices import FRACTION_VARIABLES, DeviceSet, client_memory_fraction, parse_devices
 from qwen_jax.errors import QwenJaxError
 from qwen_jax.footprint import DTYPE_BYTES, Footprint
+from qwen_jax.kernels.blocks import Blocks
+from qwen_jax.kernels.sparse_attention.bands import BAND
 from qwen_jax.linear import check_weight_dtype
 from qwen_jax.prefill import default_chunk
 from qwen_jax.sharding import AXES, CONTEXT, DATA, TENSOR, widest_tensor
@@ -25,6 +27,7 @@ from qwen_jax.sharding import AXES, CONTEXT, DATA, TENSOR, widest_tensor
 _MOST_FRACTION = 0.95  # of a GPU's memory: the rest is the driver's and the compiled programs'
 _SMALL_CHUNK = 4096
 _MOST_DEVICES = 4096
+_HOPPER = ("h100", "h200")
 
 
 class PlanError(QwenJaxError):
@@ -208,6 +211,12 @@ def _made(f: Footprint) -> Plan:
     )
 
 
+def _reads_shares(f: Footprint) -> bool:
+    """Whether the kernels of sparse prefill read a cache that is dealt over the context axis."""
+    blocks = Blocks.fitting(f.mesh[CONTEXT], f.config.dual_chunk.chunk_len if f.config.dual_chunk else None)
+    return f.devices.kind.name in _HOPPER and blocks.size % BAND == 0
+
+
 def _warnings(f: Footprint) -> tuple[str, ...]:
     found = []
     limit = f.config.max_position_embeddings
@@ -215,7 +224,7 @@ def _warnings(f: Footprint) -> tuple[str, ...]:
         found.append(f"the context is longer than the {limit:,} positions the model is made for")
     if f.mesh[DATA] > f.batch:
         found.append(f"data={f.mesh[DATA]} is more than the {f.batch} rows: devices stay idle")
-    if f.density < 1 and f.mesh[CONTEXT] > 1:
+    if f.density < 1 and f.mesh[CONTEXT] > 1 and not _reads_shares(f):
         found.append(
             "over a context axis the lines of a sparse prefill are computed by XLA, far slower than along tensor"
         )

@@ -28,7 +28,8 @@ from jax import lax
 
 from qwen_jax.config import DualChunk, ModelConfig, Yarn
 
-_LOW = 512  # angles are looked up as position = high * _LOW + low
+_TURN = 32  # bits of a phase: an angle in units of 2**-32 turns, which uint32 arithmetic takes modulo a turn
+_MOST_BITS = 11  # of each of the two words of a speed behind the point of a phase
 _MANY = 1024  # positions whose sines are worth a pass of their own
 
 
@@ -71,8 +72,9 @@ def inverse_frequencies(theta: float, head_dim: int, yarn: Yarn | None = None) -
 class Rotary:
     """Rotates queries and keys for one model; immutable, hashable, safe to close over in a jitted function.
 
-    Angles are exact to float32 at any position: the sines of `high * 512` and of `low` are tabulated in float64 and
-    combined by the addition theorem, where one float32 product would be off by up to 0.06 rad at a million tokens.
+    Angles are exact to float32 at any position up to 2**23: whole turns are dropped in integers, where one float32 product
+    would be off by up to 0.06 rad at a million tokens. No table is looked up: the TPU compiler moved such a gather to the
+    SparseCore and lost the table (docs/aot.md).
     """
 
     theta: float
@@ -119,12 +121,20 @@ class Rotary:
 
     def cos_sin(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         """cos and sin of the angles at `positions` int32[...]: float32[..., H / 2] each, YaRN's factor included."""
-        high, low = _tables(self)
-        (cos_a, sin_a), (cos_b, sin_b) = (
-            (jnp.asarray(table[0])[index], jnp.asarray(table[1])[index])
-            for table, index in ((high, positions // _LOW), (low, positions % _LOW))
+        words, bits, factor = _speeds(self)
+        top, middle, low = (jnp.asarray(word) for word in words)
+        position = positions.astype(jnp.uint32)[..., None]
+        phase = position * top + (position * middle + (position * low >> bits) >> bits)
+        quarter = phase + np.uint32(1 << (_TURN - 3)) >> (_TURN - 2)  # the nearest, modulo 4
+        rest = (phase - (quarter << (_TURN - 2))).astype(jnp.int32)
+        x = rest.astype(jnp.float32) * np.float32(2 * math.pi / 2**_TURN)
+        sin, cos = x * _series(x * x, 1), _series(x * x, 0)
+        odd = quarter % 2 == 1
+        sin, cos = jnp.where(odd, cos, sin), jnp.where(odd, sin, cos)
+        return (
+            factor * jnp.where((quarter + 1) & 2 > 0, -cos, cos),
+            factor * jnp.where(quarter & 2 > 0, -sin, sin),
         )
-        return cos_a * cos_b - sin_a * sin_b, sin_a * cos_b + cos_a * sin_b
 
     def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """Rotates x [..., T, heads, H] by positions int32[..., T], half-split pairs, in float32; keeps x's dtype."""
@@ -163,17 +173,32 @@ class Rotary:
         return {stage: (bounds[stage][0], jnp.minimum(bounds[stage][1], end)) for stage in self.stages}
 
 
+def _series(square: jax.Array, first: int) -> jax.Array:
+    """cos x (first = 0) or sin x / x (first = 1) of x**2: Taylor's series, off by under 2e-9 up to an eighth of a turn."""
+    found = jnp.zeros_like(square)
+    for power in range(first + 10, -1, -2):
+        found = found * square + np.float32((-1) ** (power // 2) / math.factorial(power))
+    return found
+
+
 @functools.lru_cache(maxsize=32)
-def _tables(rotary: Rotary) -> tuple[np.ndarray, np.ndarray]:
-    """float32[2, entries, H / 2]: (cos, sin) of high * _LOW with the attention factor, and of low."""
+def _speeds(rotary: Rotary) -> tuple[np.ndarray, int, np.float32]:
+    """Speeds in turns a token as uint32[3, H / 2] words, the bits of the last two, and the factor on cos and sin.
+
+    A speed is words[0] / 2**32 + words[1] / 2**(32 + bits) + words[2] / 2**(32 + 2 bits), rounded to the nearest; a position
+    times either of the last two, carries included, is below 2**32.
+    """
     speeds, factor = inverse_frequencies(rotary.theta, rotary.head_dim, rotary.yarn)
     # The last row of a chunk at its critical position for INTER keys is the farthest.
     limit = rotary.dca.chunk_len + rotary.dca.saturation if rotary.dca else rotary.max_position
-    high = np.arange(limit // _LOW + 1, dtype=np.float64)[:, None] * _LOW * speeds
-    low = np.arange(_LOW, dtype=np.float64)[:, None] * speeds
+    bits = min(_TURN - limit.bit_length(), _MOST_BITS)
+    fixed = np.rint(speeds / (2 * math.pi) * 2.0 ** (_TURN + 2 * bits)).astype(np.uint64)
+    words = [fixed >> np.uint64(2 * bits), fixed >> np.uint64(bits), fixed]
+    masks = [2**_TURN - 1, 2**bits - 1, 2**bits - 1]
     return (
-        (factor * np.stack([np.cos(high), np.sin(high)])).astype(np.float32),
-        np.stack([np.cos(low), np.sin(low)]).astype(np.float32),
+        np.stack([word & np.uint64(mask) for word, mask in zip(words, masks, strict=True)]).astype(np.uint32),
+        bits,
+        np.float32(factor),
     )
 
 

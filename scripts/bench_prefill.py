@@ -235,13 +235,26 @@ def first_token_seconds(
 
 @dataclasses.dataclass
 class Bench:
-    """One way to run one model; what it measures goes to `report`, bit by bit."""
+    """One way to run one model, called `name`; what it measures goes to `report`, bit by bit."""
 
+    name: str
     args: argparse.Namespace
     model: Qwen2
     prefiller: Prefiller
     tokens_BT: np.ndarray
     report: Callable[..., None]
+
+    def compare_logits(self, logits_V: np.ndarray) -> None:
+        """Keeps the last token's logits for other runs of the same prompt, and tells how far those of --against are."""
+        if self.args.logits:
+            self.args.logits.mkdir(parents=True, exist_ok=True)
+            np.save(self.args.logits / f"{self.name}.npy", logits_V)
+        if self.args.against:
+            other_V = np.load(self.args.against / f"{self.name}.npy")
+            self.report(
+                logits_off=float(np.linalg.norm(logits_V - other_V) / np.linalg.norm(other_V)),
+                same_first_token=bool(logits_V.argmax() == other_V.argmax()),
+            )
 
     def run(self, cache: KVCache, others: int) -> KVCache:
         """Prefill, decoding, trace and checks; gives the cache back. `others`: bytes that other models hold."""
@@ -258,6 +271,7 @@ class Bench:
             seconds = stretched(plan, only, seconds)
         beyond = peak_bytes() - sum(held.values()) - others
         self.report(seconds=sum(seconds), piece_seconds=seconds, peak_beyond_bytes=beyond, **held)
+        self.compare_logits(np.asarray(prefiller.logits(last_BD))[0])
         decode, cache = decode_seconds(prefiller, last_BD, cache, self.tokens_BT)
         self.report(decode_ms_a_token=[1e3 * x for x in decode])
         if args.first_token:
@@ -307,6 +321,8 @@ def main() -> None:
         "--sample", type=int, default=0, help="dense: compute only so many pieces, the cache random"
     )
     parser.add_argument("--trace", type=int, default=0, help="pieces to trace: seconds by part")
+    parser.add_argument("--logits", type=Path, metavar="FOLDER", help="keep the last token's logits here")
+    parser.add_argument("--against", type=Path, metavar="FOLDER", help="compare with logits kept there")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     config = config_of(args.model, args.layers)
@@ -346,6 +362,9 @@ def main() -> None:
         for prefiller in prefillers.values():
             prefiller.sparse = with_slash(config, slash)
         result |= {"vertical": VERTICAL, "slash": slash}
+    if args.first_token:
+        first, cache = first_token_seconds(prefillers[args.matmul[0]], tokens_BT, cache, 1)
+        result["first_token_with_compilation_seconds"] = first[0]
     result["compiled_after_seconds"] = compile_all(prefillers, tokens_BT, cache)
     print(result, flush=True)
     wrong = []
@@ -360,7 +379,7 @@ def main() -> None:
                 results.write(args.out, result)
 
         others = sum(held_bytes(p.params) for p in prefillers.values() if p is not prefiller)
-        bench = Bench(args, models[matmul], prefiller, tokens_BT, report)
+        bench = Bench(matmul, args, models[matmul], prefiller, tokens_BT, report)
         cache = bench.run(cache, others)
         if not mine["worst_row_error"] <= 1e-2:
             wrong.append(matmul)

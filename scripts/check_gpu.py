@@ -60,7 +60,7 @@ PREFILL_CASES: dict[str, tuple[Any, ...]] = {
     "many items": (2, 2048, 28, 4, 128, 8192, 2 * 2048, [6144, 5000], LARGE),
 }  # fmt: skip
 
-# name: as PREFILL_CASES, then the largest number of columns and of bands a head
+# name: as PREFILL_CASES, then the largest number of columns and of bands a head[, devices that the cache is dealt to]
 SPARSE_CASES: dict[str, tuple[Any, ...]] = {
     "causal square": (1, 1024, 4, 2, 128, 1024, 0, [1024], None, 60, 4),
     "head 64, many columns": (1, 512, 4, 2, 64, 4096, 3072, [3584], None, 900, 6),
@@ -74,9 +74,14 @@ SPARSE_CASES: dict[str, tuple[Any, ...]] = {
     "capacity off the tile": (1, 256, 4, 2, 128, 1272, 1024, [1270], SMALL, 100, 6),
     "a row that sees nothing": (2, 256, 4, 2, 128, 512, 0, [0, 256], None, 30, 2),
     "many items": (2, 2048, 28, 4, 128, 8192, 2 * 2048, [6144, 5000], LARGE, 1000, 20),
+    "dealt to 2 devices": (1, S, 8, 2, 128, 4 * S, 2 * S, [3 * S - 5], SMALL, 500, 12, 2),
+    "dealt to 4 devices, off the tile": (2, 333, 14, 2, 128, 4 * S, 3 * S + 77, [3 * S + 410, 3 * S + 300], SMALL, 300, 20, 4),
+    "dealt to 8 devices, few lines": (2, 512, 10, 2, 64, 4 * S, 3 * S + 256, [3 * S + 512, 2 * S + 5], SMALL, 20, 2, 8),
+    "plain positions, dealt to 2 devices": (1, 333, 28, 4, 128, 4096, 2048, [2381], None, 300, 10, 2),
+    "many items, dealt to 2 devices": (2, 2048, 28, 4, 128, 8192, 2 * 2048, [6144, 5000], LARGE, 1000, 20, 2),
 }  # fmt: skip
 
-# name: as PREFILL_CASES, then the number of last queries
+# name: as PREFILL_CASES, then the number of last queries[, devices that the cache is dealt to, each of which is compared alone]
 LINE_CASES: dict[str, tuple[Any, ...]] = {
     "one tile": (1, 64, 4, 2, 128, 128, 0, [64], None, 64),
     "every stage, G = 7": (1, 512, 28, 4, 128, 8 * S, 6 * S, [6 * S + 512], SMALL, 64),
@@ -85,6 +90,10 @@ LINE_CASES: dict[str, tuple[Any, ...]] = {
     "fewer queries than rows": (1, 19, 7, 1, 128, 2048, 1024, [1043], SMALL, 5),
     "head 64, odd ends": (2, 100, 14, 2, 64, 3000, 2900, [3000, 2931], None, 64),
     "many tiles a range": (1, 1024, 4, 4, 128, 1 << 18, (1 << 18) - 2048, [(1 << 18) - 1029], LARGE, 64),
+    "dealt to 2 devices, every stage": (1, 512, 28, 4, 128, 8 * S, 6 * S, [6 * S + 512], SMALL, 64, 2),
+    "dealt to 4 devices, ragged batch": (3, 256, 8, 4, 128, 4096, 3072, [3328, 3100, 3], SMALL, 64, 4),
+    "dealt to 8 devices, head 64, odd ends": (2, 100, 14, 2, 64, 3072, 2900, [3000, 2931], None, 64, 8),
+    "dealt to 2 devices, many tiles": (1, 1024, 4, 4, 128, 1 << 18, (1 << 18) - 2048, [(1 << 18) - 1029], LARGE, 64, 2),
 }  # fmt: skip
 
 # name: (rows, size, counts); the scores of a row: probabilities, few distinct values, or mostly 0
@@ -204,8 +213,9 @@ def check_prefill(backend: str, case: tuple[Any, ...], seed: int) -> tuple[float
 
 def check_sparse(backend: str, case: tuple[Any, ...], seed: int) -> tuple[float, float, bool]:
     """Like `check_prefill`, of the real queries, against the keys of the contract."""
-    B, T, N, K, H, capacity, q_start, kv_len, dca, most_columns, most_bands = case
+    B, T, N, K, H, capacity, q_start, kv_len, dca, most_columns, most_bands, *devices = case
     rotary = tools.rotary(H, dca)
+    blocks = Blocks.fitting(*devices, rotary.chunk_len) if devices else None
     layers, layer, scale = 2, 1, 1.3 * H**-0.5
     q = tools.random(seed, (B, T, N, H))
     k, v = (tools.random(seed + n, (layers, B, K, capacity, H)) for n in (1, 2))
@@ -217,17 +227,29 @@ def check_sparse(backend: str, case: tuple[Any, ...], seed: int) -> tuple[float,
 
     @jax.jit
     def run(*arguments: Any) -> Any:
-        q, k, v, columns, bands, layer, q_start, kv_len, scale = arguments
+        q, k, v, columns, bands, layer, q_start, kv_len, scale, *rank = arguments
         return SPARSE[backend](
             q, k, v, columns_BNS=columns, bands_BNM=bands, most_columns=most_columns, layer=layer,
             q_start=q_start, kv_len_B=kv_len, rotary=rotary, scale_B=scale,
+            **({"share": Share(blocks, *rank)} if blocks else {}),
         )  # fmt: skip
 
-    out, lse = run(
-        q, k, v, columns, bands, jnp.int32(layer), jnp.int32(q_start), jnp.array(kv_len, jnp.int32),
-        jnp.full(B, scale, jnp.float32),
-    )  # fmt: skip
-    worst_out, worst_lse, finite = 0.0, 0.0, bool(jnp.isfinite(out).all()) and not bool(jnp.isnan(lse).any())
+    parts = []
+    leave_nan_behind()
+    for rank, (k_held, v_held, columns_held) in enumerate(
+        zip(held(k, 3, blocks), held(v, 3, blocks), held(columns, 2, blocks), strict=True)
+    ):
+        parts.append(run(
+            q, k_held, v_held, columns_held, bands, jnp.int32(layer), jnp.int32(q_start), jnp.array(kv_len, jnp.int32),
+            jnp.full(B, scale, jnp.float32), *[jnp.int32(rank)][: len(devices)],
+        ))  # fmt: skip
+    finite = all(bool(jnp.isfinite(out).all()) and not bool(jnp.isnan(lse).any()) for out, lse in parts)
+    out, lse = parts[0]
+    if blocks:
+        outs, lses = (jnp.stack(x) for x in zip(*parts, strict=True))
+        finite &= not bool(outs[jnp.isneginf(lses)].any())  # a device without a key gives nothing
+        out, lse = merge(outs.astype(jnp.float32), lses, 0)
+    worst_out, worst_lse = 0.0, 0.0
     for b in range(B):
         rows = np.unique(np.linspace(0, T - 1, min(T, 256)).astype(int))
         rows = rows[q_start + rows < kv_len[b]]
@@ -243,6 +265,11 @@ def check_sparse(backend: str, case: tuple[Any, ...], seed: int) -> tuple[float,
         worst_out = max(worst_out, tools.worst_row_error(out[b, rows], want))
         worst_lse = max(worst_lse, float(np.abs(np.asarray(lse[b, rows]) - np.asarray(want_lse)).max()))
     return worst_out, worst_lse, finite
+
+
+def held(x: Any, axis: int, blocks: Blocks | None) -> list[Any]:
+    """What each device holds of an array whose positions are dealt."""
+    return jnp.split(blocks.deal(jnp.asarray(x), axis), blocks.count, axis) if blocks else [x]
 
 
 def random_lines(
@@ -323,24 +350,33 @@ def check_decode(backend: str, case: tuple[Any, ...], seed: int) -> tuple[float,
 
 def check_lines(backend: str, case: tuple[Any, ...], seed: int) -> tuple[float, float, bool]:
     """(worst relative error of a head's columns, of its diagonals, are heads without queries -inf); against float32."""
-    B, T, N, K, H, capacity, q_start, kv_len, dca, last_queries = case
+    B, T, N, K, H, capacity, q_start, kv_len, dca, last_queries, *devices = case
     rotary = tools.rotary(H, dca)
+    blocks = Blocks.fitting(*devices, rotary.chunk_len) if devices else None
     q = tools.random(seed, (B, T, N, H))
     k = tools.random(seed + 1, (2, B, K, capacity, H))
     end = max(min(q_start + T, n) for n in kv_len)
     k = k.at[0].set(jnp.nan).at[:, :, :, -(-end // 128) * 128 :].set(jnp.nan)
 
-    def run(backend: str, q: jax.Array, k: jax.Array) -> Any:
+    def run(backend: str, q: jax.Array, k: jax.Array) -> list[Any]:
+        """Columns and diagonals of every device, its softmax over its own keys."""
+
         @jax.jit
-        def scores(q: Any, k: Any, layer: Any, q_start: Any, kv_len: Any, scale: Any) -> Any:
+        def scores(q: Any, k: Any, layer: Any, q_start: Any, kv_len: Any, scale: Any, rank: Any) -> Any:
             return line_scores(
                 q, k, layer=layer, q_start=q_start, kv_len_B=kv_len, rotary=rotary, scale_B=scale,
-                last_queries=last_queries, backend=backend,
+                last_queries=last_queries, backend=backend, share=Share(blocks, rank) if blocks else None,
             )  # fmt: skip
 
         scale = jnp.full(B, 1.5 * H**-0.5, jnp.float32)
-        return scores(q, k, jnp.int32(1), jnp.int32(q_start), jnp.array(kv_len, jnp.int32), scale)
+        arguments = jnp.int32(1), jnp.int32(q_start), jnp.array(kv_len, jnp.int32), scale
+        return [
+            sums
+            for rank, mine in enumerate(held(k, 3, blocks))
+            for sums in scores(q, mine, *arguments, jnp.int32(rank))
+        ]
 
+    leave_nan_behind()
     got, want = run(backend, q, k), run("xla", q.astype(jnp.float32), jnp.nan_to_num(k.astype(jnp.float32)))
     errors, same_infinities = [], True
     for sums, right in zip(got, want, strict=True):
@@ -352,7 +388,7 @@ def check_lines(backend: str, case: tuple[Any, ...], seed: int) -> tuple[float, 
         sums, right = (np.where(np.isfinite(right), x, 0) for x in (sums, right))
         distance, size = np.linalg.norm(sums - right, axis=-1), np.linalg.norm(right, axis=-1)
         errors.append(float((distance / np.maximum(size, 1e-30))[size > 0].max(initial=0.0)))
-    return errors[0], errors[1], same_infinities
+    return max(errors[::2]), max(errors[1::2]), same_infinities
 
 
 def check_cutoffs(backend: str, case: tuple[Any, ...], seed: int) -> tuple[float, float, bool]:
@@ -399,18 +435,21 @@ def scratch_bytes() -> dict[str, tuple[int, int]]:
         )
 
     def sparse(q: Any, k: Any, v: Any, columns: Any, bands: Any, *rest: Any) -> Any:
-        layer, start, length, scale = rest
+        layer, start, length, scale, *rank = rest
         return SPARSE["mosaic_gpu"](
             q, k, v, columns_BNS=columns, bands_BNM=bands, most_columns=1000, layer=layer, q_start=start,
-            kv_len_B=length, rotary=rotary, scale_B=scale,
+            kv_len_B=length, rotary=rotary, scale_B=scale, **({"share": Share(Blocks(512, 2), *rank)} if rank else {}),
         )  # fmt: skip
 
     q = jax.ShapeDtypeStruct((1, 2048, 28, 128), jnp.bfloat16)
-    columns, bands = (jax.ShapeDtypeStruct((1, 28, size), bool) for size in (1 << 18, 1 << 11))
+    columns, bands, more = (jax.ShapeDtypeStruct((1, 28, size), bool) for size in (1 << 18, 1 << 11, 1 << 12))
     q1 = jax.ShapeDtypeStruct((1, 28, 128), jnp.bfloat16)
     programs = {
         "prefill": jax.jit(prefill).lower(q, cache, cache, scalar, scalar, row, scale),
         "sparse": jax.jit(sparse).lower(q, cache, cache, columns, bands, scalar, scalar, row, scale),
+        "sparse, dealt to 2 devices": jax.jit(sparse).lower(
+            q, cache, cache, columns, more, scalar, scalar, row, scale, scalar
+        ),
         "decode": jax.jit(decode).lower(q1, cache, cache, scalar, row, row, scale),
     }
     layer = cache.size * cache.dtype.itemsize // cache.shape[0]

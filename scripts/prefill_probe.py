@@ -18,6 +18,7 @@ from qwen_jax.attention import prefill_layer
 from qwen_jax.cache import KVCache, read_layer, write_chunk
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.blocks import Share
+from qwen_jax.kernels.quantised import expand
 from qwen_jax.kernels.sparse_attention.api import attend_lines
 from qwen_jax.kernels.sparse_attention.bands import BAND, tile_distances
 from qwen_jax.linear import IN_CUBLAS
@@ -215,28 +216,46 @@ def worst_error(
     Against float32 from what the cache holds: an 8-bit cache is expanded.
     """
     scale = float(model.score_scale(*[jnp.array([tokens])] * 2)[0])
+    group = model.config.num_heads // model.config.num_kv_heads
     worst = 0.0
-    for piece, kept in probed:
-        i_R = np.array([piece.start, piece.start + piece.length - 1])
-        for at, layer in enumerate((0, model.config.num_layers - 1)):
-            k_LBKSH, v_LBKSH, index = read_layer(cache, jnp.int32(layer), jnp.float32)
-            k_KSH, v_KSH = k_LBKSH[index, 0], v_LBKSH[index, 0]
-            if model.spread and model.spread.blocks:
-                k_KSH, v_KSH = (model.spread.blocks.undeal(x, 1) for x in (k_KSH, v_KSH))
+    for at, layer in enumerate((0, model.config.num_layers - 1)):
+        layers = jax.tree.map(lambda x, layer=layer: x[layer, 0], cache)  # a layer's, as the cache holds it
+        for piece, kept in probed:
+            i_R = np.array([piece.start, piece.start + piece.length - 1])
             keep_RNS = None
             if sparse:
                 keep_RNS = computed_keys(
-                    kept.columns_LNS[at], kept.bands_LNM[at], jnp.asarray(i_R), k_KSH.shape[1]
+                    kept.columns_LNS[at], kept.bands_LNM[at], jnp.asarray(i_R), cache.capacity
                 )
-            want, _ = tools.exact(
-                jnp.asarray(kept.q_LRNH[at]),
-                i_R,
-                k_KSH,
-                v_KSH,
-                kv_len=tokens,
-                rotary=model.rotary,
-                scale=scale,
-                keep_RNS=keep_RNS,
-            )
-            worst = max(worst, tools.worst_row_error(jnp.asarray(kept.out_LRNH[at]), want))
+            heads = []
+            for head in range(
+                model.config.num_kv_heads
+            ):  # one at a time: beside a large cache there is little room
+                k_SH, v_SH = _float_head(layers, head)
+                if model.spread and model.spread.blocks:
+                    k_SH, v_SH = (model.spread.blocks.undeal(x, 0) for x in (k_SH, v_SH))
+                mine = slice(head * group, (head + 1) * group)
+                want, _ = tools.exact(
+                    jnp.asarray(kept.q_LRNH[at][:, mine]),
+                    i_R,
+                    k_SH[None],
+                    v_SH[None],
+                    kv_len=tokens,
+                    rotary=model.rotary,
+                    scale=scale,
+                    keep_RNS=None if keep_RNS is None else keep_RNS[:, mine],
+                )
+                heads.append(np.asarray(want))
+            want_RNH = np.concatenate(heads, axis=1)
+            worst = max(worst, tools.worst_row_error(jnp.asarray(kept.out_LRNH[at]), want_RNH))
     return worst
+
+
+def _float_head(layer: KVCache, head: int) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of one head of one layer, float32[S, H], from arrays [K, S, H] and [K, S]."""
+    if layer.k_scale is None or layer.v_scale is None:
+        return layer.k[head].astype(jnp.float32), layer.v[head].astype(jnp.float32)
+    return (
+        expand(layer.k[head], layer.k_scale[head], jnp.float32),
+        expand(layer.v[head], layer.v_scale[head], jnp.float32),
+    )

@@ -28,6 +28,7 @@ from qwen_jax.kernels.sparse_attention.mosaic_tpu import tiling_for as sparse_ti
 from qwen_jax.kernels.sparse_attention.tpu import Problem as SparseProblem
 from qwen_jax.kernels.sparse_attention.tpu import Tiling as SparseTiling
 from qwen_jax.kernels.sparse_attention.tpu import sparse_prefill
+from qwen_jax.kernels.tpu import as_it_lies
 from scripts import tpu_topology
 
 _TILE = 1024 * 1024  # scores of the tile that figures are given for
@@ -138,7 +139,7 @@ def prefill_schedule(generation: str, tiling: Tiling, head_dim: int = 128) -> Sc
     """Of the prefill kernel with dual chunk attention, 7B's heads, a chunk of 31,744 tokens, a million keys."""
     T, N, K, S = 31_744, 28, 4, 1_010_176
     problem = Problem(3, 1, N, 1, -(-T // tiling.block_q), tiling.block_q, K, S, head_dim)
-    cache = jax.ShapeDtypeStruct((1, 1, K, S, head_dim), jnp.bfloat16)
+    cache = jax.eval_shape(as_it_lies, jax.ShapeDtypeStruct((1, 1, K, S, head_dim), jnp.bfloat16))
     q = jax.ShapeDtypeStruct((3, 1, N, problem.tiles * problem.rows, head_dim), jnp.bfloat16)
     integers = (jax.ShapeDtypeStruct((n,), jnp.int32) for n in (5, 1, 2 * problem.tiles))
     kernel = prefill(problem, tiling, jnp.bfloat16)
@@ -209,7 +210,7 @@ def main() -> None:
 def _kernels(generation: str) -> Iterator[tuple[str, Schedule, float, tuple[str, ...]]]:
     yield "splash", splash_schedule(generation), 1, ("all tiles",)
     for head_dim in (128, 64):
-        tiling = tiling_for(1 << 20, 253_952)
+        tiling = tiling_for(generation, head_dim, 1 << 20, 253_952)
         sizes = f"{tiling.block_q} x {tiling.block_kv}, {tiling.block_compute}"
         schedule = prefill_schedule(generation, tiling, head_dim)
         yield (

@@ -12,7 +12,7 @@ from qwen_jax.kernels.attention.backward import with_reference_backward
 from qwen_jax.kernels.attention.tpu import Problem, Tiling, prefill
 from qwen_jax.kernels.attention.tpu_specs import tiling_for
 from qwen_jax.kernels.blocks import EVERYTHING, Share
-from qwen_jax.kernels.tpu import LANES, LOG2E, SUBLANES_BF16, why_not_tpu
+from qwen_jax.kernels.tpu import LANES, LOG2E, alignment, as_it_lies, generation, target, why_not_tpu
 from qwen_jax.rope import Rotary
 
 
@@ -32,11 +32,10 @@ def attend(
 ) -> tuple[jax.Array, jax.Array]:
     """See `kernels.attention.api.attend`. K and V must be finite up to the end of a key tile.
 
-    Differentiable in q, k, v and scale without a share: the backward pass is the reference's. A head of 64 takes the memory
-    of one of 128: TPUs pad the last dimension of an array to 128.
+    Differentiable in q, k, v and scale without a share: the backward pass is the reference's.
 
     Args:
-        tiling: sizes of the kernel; None for the default ones.
+        tiling: sizes of the kernel; None for those of the TPU that is compiled for.
         interpret: parameters of jax's TPU interpreter, to run without a TPU.
 
     Raises:
@@ -48,7 +47,7 @@ def attend(
         raise NotImplementedError(reason)
     blocks = share.blocks if share else None
     chunk_slots = rotary.chunk_len and rotary.chunk_len // (blocks.count if blocks else 1)
-    tiling = tiling or tiling_for(k_LBKSH.shape[3], chunk_slots)
+    tiling = tiling or tiling_for(generation(target()), k_LBKSH.shape[4], k_LBKSH.shape[3], chunk_slots)
     if chunk_slots and chunk_slots % tiling.block_kv:
         raise NotImplementedError(
             f"a chunk of {chunk_slots} keys is not a multiple of the key tile {tiling.block_kv}"
@@ -72,8 +71,8 @@ def refusal(q_BTNH: jax.Array, k_LBKSH: jax.Array, v_LBKSH: jax.Array) -> str | 
         )
     if head_dim not in (64, 128):
         return f"needs a head dimension of 64 or 128, got {head_dim}"
-    if capacity % SUBLANES_BF16:
-        return f"needs a cache capacity that is a multiple of {SUBLANES_BF16}, got {capacity}"
+    if capacity % alignment(head_dim):
+        return f"needs a cache capacity that is a multiple of {alignment(head_dim)}, got {capacity}"
     return None
 
 
@@ -110,7 +109,7 @@ def _forward(
         p.versions, B, p.bundles, -1, H
     )
     out_BXRH, lse_BX1R = prefill(p, tiling, q_BTNH.dtype, interpret)(
-        where, kv_len_B, walks_BC2.reshape(-1), q_PBXRH, k_LBKSH, v_LBKSH
+        where, kv_len_B, walks_BC2.reshape(-1), q_PBXRH, as_it_lies(k_LBKSH), as_it_lies(v_LBKSH)
     )
     heads = (B, p.bundles, p.tiles, p.together, p.tokens)
     out = jnp.einsum("BXCGTH->BCTXGH", out_BXRH.reshape(*heads, H)).reshape(B, -1, N, H)

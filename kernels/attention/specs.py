@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import json
-from importlib import resources
-
 import jax
 
 from qwen_jax.kernels.attention.hopper import Problem, Tiling
+from qwen_jax.kernels.tuned import tuned
 
 
 def tiling_for(problem: Problem, chunk_len: int | None, device_kind: str | None = None) -> Tiling:
@@ -16,17 +13,10 @@ def tiling_for(problem: Problem, chunk_len: int | None, device_kind: str | None 
 
     chunk_len: s of dual chunk attention, which the key tile must divide, or None.
     """
-    for entry in _tuned(device_kind or jax.devices()[0].device_kind):
+    for entry in tuned(__package__, device_kind or jax.devices()[0].device_kind, "prefill"):
         if entry["head_dim"] == problem.head_dim:
             tiling = Tiling(**{**entry["tiling"], "registers": tuple(entry["tiling"]["registers"])})
             if not chunk_len or chunk_len % tiling.block_kv == 0:
                 return tiling
     block_kv = 128 if not chunk_len or chunk_len % 128 == 0 else 64
     return Tiling(block_kv=block_kv, stages=256 // block_kv)
-
-
-@functools.cache
-def _tuned(device_kind: str) -> list[dict]:
-    """What `scripts/tune_attention.py` found for a device; nothing for one it has not seen."""
-    file = resources.files(__package__).joinpath("tuned", device_kind.lower().replace(" ", "_") + ".json")
-    return json.loads(file.read_text())["prefill"] if file.is_file() else []

@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
 from qwen_jax.kernels.blocks import Blocks
-from qwen_jax.kernels.tpu import MASKED, SUBLANES_BF16, positions
+from qwen_jax.kernels.tpu import MASKED, alignment, flat, positions
 from qwen_jax.kernels.tpu_walk import Scratch, Walk, WalkShape, product
 
 _VMEM_LIMIT = 48 * 2**20
@@ -71,13 +71,19 @@ def prefill(
     where: int32[5], (layer, q_start, first tile of SUCC keys, of INTRA keys, rank among the blocks). kv_len: int32[B].
     walks: int32[B * tiles * 2], (key tiles, those that all rows see whole) of every query tile. q: [versions, B, X bundles,
     R rows, H], versions in key order, scaled so that q . k is a base-2 exponent; out: the same without versions.
-    k, v: [L, B, K, S, H]. lse is natural.
+    k, v: [L, B, K, S, H], or [L, B, K, H, S] where they lie so (`tpu.flat`). lse is natural.
     """
     B, X, H, S = problem.batch, problem.bundles, problem.head_dim, problem.capacity
     R, R_all, block_kv = problem.rows, problem.tiles * problem.rows, tiling.block_kv
     width = tiling.block_compute
-    shape = WalkShape(R, block_kv, width, H, block_kv)
+    across = flat(H)
+    keys_axis, head_axis = (1, 0) if across else (0, 1)  # of a tile
+    shape = WalkShape(R, block_kv, width, H, block_kv, across)
     whole_kind = 1  # of key tiles that all rows see whole; those of kind 0 are masked
+
+    def part(keys: Any) -> tuple[Any, ...]:
+        """These keys of a tile, or of a head in the cache."""
+        return (slice(None), keys) if across else (keys, slice(None))
 
     def kernel(
         where_ref: Any, kv_len_ref: Any, walks_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, out_ref: Any,
@@ -92,10 +98,10 @@ def prefill(
 
         def start(n: jax.Array) -> jax.Array:
             # The last tile may overhang the cache: it is copied from further left.
-            return pl.multiple_of(jnp.minimum(n * block_kv, S - block_kv), SUBLANES_BF16)
+            return pl.multiple_of(jnp.minimum(n * block_kv, S - block_kv), alignment(H))
 
         def copy(n: jax.Array, keys: bool, destination: Any, semaphore: Any, _: int) -> Any:
-            source = (k_ref if keys else v_ref).at[(*at, pl.ds(start(n), block_kv))]
+            source = (k_ref if keys else v_ref).at[(*at, *part(pl.ds(start(n), block_kv)))]
             return pltpu.make_async_copy(source, destination, semaphore)
 
         def queries(n: jax.Array) -> jax.Array:
@@ -104,7 +110,7 @@ def prefill(
             return q_ref[jnp.where(n < succ, 0, jnp.where(n < intra, 1, 2)), 0, 0]
 
         def score(n: jax.Array, i: int, keys: Any, kind: int) -> jax.Array:
-            s_SR = product(keys[pl.ds(i * width, width)], queries(n), 1, 1)
+            s_SR = product(keys[part(pl.ds(i * width, width))], queries(n), head_axis, 1)
             if kind == whole_kind:
                 return s_SR
             slot = lax.broadcasted_iota(jnp.int32, (width, R), 0) + (start(n) + i * width)
@@ -114,7 +120,7 @@ def prefill(
             return jnp.where(seen, s_SR, MASKED)
 
         def weigh(_: jax.Array, i: int, values: Any, p_SR: jax.Array, __: int) -> jax.Array:
-            return product(values[pl.ds(i * width, width)], p_SR.astype(dtype), 0, 0)
+            return product(values[part(pl.ds(i * width, width))], p_SR.astype(dtype), keys_axis, 0)
 
         walk = Walk(shape, Scratch(*scratch), copy, score, weigh, kinds=1 + whole_kind)
         walk.reset()

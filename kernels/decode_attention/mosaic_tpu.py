@@ -11,7 +11,7 @@ from qwen_jax.kernels import quantised
 from qwen_jax.kernels.blocks import EVERYTHING, Share
 from qwen_jax.kernels.decode_attention.tpu import QUERY_ROWS, Problem, decode
 from qwen_jax.kernels.merge import merge
-from qwen_jax.kernels.tpu import LANES, LOG2E, SUBLANES_BF16, generation, target, why_not_tpu
+from qwen_jax.kernels.tpu import LANES, LOG2E, alignment, as_it_lies, generation, target, why_not_tpu
 from qwen_jax.rope import Rotary, temperature
 
 _TILE_BYTES = 2**20  # of keys, all KV heads: long enough that a copy runs at the memory's speed
@@ -90,8 +90,8 @@ def decode_attend(
         jnp.stack([position_B, prompt_len_B, *stages, tiles_B], axis=1).reshape(-1),
         warmth_B,
         q_BPKRH,
-        k_LBKSH,
-        v_LBKSH,
+        as_it_lies(k_LBKSH),
+        as_it_lies(v_LBKSH),
         *(x.astype(jnp.float32) for x in (k_scale_LBKS, v_scale_LBKS) if x is not None),
     )
     out_BKGH, lse_BKG = merge(out_BCKRH[:, :, :, :G], lse[:, :, :, :G, 0], axis=1)
@@ -117,7 +117,7 @@ def refusal(
         return "needs scales of keys and values with an 8-bit cache, and only then"
     if head_dim not in (64, 128):
         return f"needs a head dimension of 64 or 128, got {head_dim}"
-    aligned = _aligned(cache)
+    aligned = _aligned(cache, head_dim)
     if capacity % aligned:
         return f"needs a cache capacity that is a multiple of {aligned}, got {capacity}"
     return None
@@ -129,8 +129,8 @@ def tile_for(problem: Problem, chunk_len: int | None) -> int:
     Raises:
         NotImplementedError: there is none.
     """
-    key_bytes = problem.kv_heads * LANES * jnp.dtype(problem.cache).itemsize
-    smallest = _aligned(jnp.dtype(problem.cache))
+    key_bytes = problem.kv_heads * problem.head_dim * jnp.dtype(problem.cache).itemsize
+    smallest = _aligned(jnp.dtype(problem.cache), problem.head_dim)
     block_kv = 1 << max(_TILE_BYTES // key_bytes, smallest).bit_length() - 1
     while block_kv > smallest and (block_kv > problem.capacity or (chunk_len and chunk_len % block_kv)):
         block_kv //= 2
@@ -139,6 +139,6 @@ def tile_for(problem: Problem, chunk_len: int | None) -> int:
     return block_kv
 
 
-def _aligned(cache: Any) -> int:
+def _aligned(cache: Any, head_dim: int) -> int:
     """What starts and ends of copies are multiples of: rows of a tile in memory, or lanes for the factors of 8-bit numbers."""
-    return LANES if cache.itemsize == 1 else SUBLANES_BF16
+    return LANES if cache.itemsize == 1 else alignment(head_dim)

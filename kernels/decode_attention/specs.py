@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import json
-from importlib import resources
-
 import jax
 
 from qwen_jax.kernels.decode_attention.split import Problem, Tiling
+from qwen_jax.kernels.tuned import tuned
 
 
 def tiling_for(problem: Problem, chunk_len: int | None, device_kind: str | None = None) -> Tiling:
@@ -16,7 +13,7 @@ def tiling_for(problem: Problem, chunk_len: int | None, device_kind: str | None 
 
     chunk_len: s of dual chunk attention, which the key tile must divide, or None.
     """
-    for entry in _tuned(device_kind or jax.devices()[0].device_kind):
+    for entry in tuned(__package__, device_kind or jax.devices()[0].device_kind, "decode"):
         if (entry["head_dim"], entry["cache"]) == (problem.head_dim, problem.cache):
             tiling = Tiling(**entry["tiling"])
             if not chunk_len or chunk_len % tiling.block_kv == 0:
@@ -26,10 +23,3 @@ def tiling_for(problem: Problem, chunk_len: int | None, device_kind: str | None 
         block_kv = 64 if (chunk_len or 0) % 128 or blocks % 128 else 128
         return Tiling(block_kv, 3 * 128 // block_kv, walks=2)
     return Tiling(block_kv=64, stages=4)
-
-
-@functools.cache
-def _tuned(device_kind: str) -> list[dict]:
-    """What `scripts/tune_attention.py` found for a device; nothing for one it has not seen."""
-    file = resources.files(__package__).joinpath("tuned", device_kind.lower().replace(" ", "_") + ".json")
-    return json.loads(file.read_text())["decode"] if file.is_file() else []

@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
 from qwen_jax.kernels.blocks import Blocks
-from qwen_jax.kernels.tpu import LANES, LN2, MASKED, NOTHING_YET, SUBLANES_BF16, positions
+from qwen_jax.kernels.tpu import LANES, LN2, MASKED, NOTHING_YET, alignment, flat, positions
 
 QUERY_ROWS = 16  # rows of a bfloat16 tile; the query heads of a KV head are padded to a multiple
 _SLOTS = 2
@@ -58,11 +58,13 @@ def decode(
     where: int32[2], (layer, rank among the blocks). rows: int32[5 * B], of every row (position, prompt length, first tile of
     SUCC keys, of INTRA keys, tiles that hold keys it sees). warmth: float32[B], the temperature of prompt keys, which the
     queries hold already. q: [B, versions, K, R, H], versions in key order, scaled so that q . k is a base-2 exponent.
-    k, v: [L, B, K, S, H]; scales float32 [L, B, K, S]. out: float32 [B, shares, K, R, H], each part normalised; lse: float32
-    [B, shares, K, R, 128], natural, the same in all lanes.
+    k, v: [L, B, K, S, H], or [L, B, K, H, S] where they lie so (`tpu.flat`); scales float32 [L, B, K, S]. out: float32
+    [B, shares, K, R, H], each part normalised; lse: float32 [B, shares, K, R, 128], natural, the same in all lanes.
     """
     B, K, R, H, S = problem.batch, problem.kv_heads, problem.rows, problem.head_dim, problem.capacity
-    aligned = LANES if problem.quantised else SUBLANES_BF16  # factors are copied along lanes
+    aligned = LANES if problem.quantised else alignment(H)  # factors are copied along lanes
+    across = flat(H)
+    keys_axis, head_axis = (1, 0) if across else (0, 1)  # of a tile
 
     def kernel(
         where_ref: Any, rows_ref: Any, warmth_ref: Any, q_ref: Any, *refs: Any
@@ -82,9 +84,12 @@ def decode(
         def copies(visit: jax.Array) -> list[Any]:
             slot = lax.rem(visit, _SLOTS)
             keys = pl.ds(start(visit * problem.shares + share), block_kv)
+            before = [(slice(None),) * (2 if across and n < 2 else 1) for n in range(len(sources))]
             return [
                 pltpu.make_async_copy(
-                    source.at[where_ref[0], b, :, keys], buffer.at[slot], arrived.at[slot, n]
+                    source.at[(where_ref[0], b, *before[n], keys)],
+                    buffer.at[slot],
+                    arrived.at[slot, n],
                 )
                 for n, (source, buffer) in enumerate(zip(sources, buffers, strict=True))
             ]
@@ -113,8 +118,8 @@ def decode(
             warmth_1S = _warmth(j_1S, prompt, warmth_ref[b], problem.original)
             version = 0 if problem.versions == 1 else jnp.where(n < succ, 0, jnp.where(n < intra, 1, 2))
             for k in range(K):
-                k_SH, v_SH = (buffers[x][slot, k].astype(dtype) for x in range(2))
-                s_RS = _product(q_ref[0, version, k], k_SH, 1)
+                keys, values = (buffers[x][slot, k].astype(dtype) for x in range(2))
+                s_RS = _product(q_ref[0, version, k], keys, head_axis)
                 if problem.quantised:
                     s_RS = s_RS * buffers[2][slot, k][None]
                 if warmth_1S is not None:
@@ -128,16 +133,16 @@ def decode(
                 total[k] = total[k] * shrink + p_RS.sum(axis=1, keepdims=True)
                 if problem.quantised:
                     p_RS = p_RS * buffers[3][slot, k][None]
-                acc[k] = acc[k] * shrink[:, :1] + _product(p_RS.astype(dtype), v_SH, 0)
+                acc[k] = acc[k] * shrink[:, :1] + _product(p_RS.astype(dtype), values, keys_axis)
 
         lax.fori_loop(0, visits, visit, None)
         sums = total[...]
         out_ref[0, 0] = acc[...] / jnp.where(sums == 0, 1.0, sums)[..., :1]
         lse_ref[0, 0] = (peak[...] + jnp.log2(sums)) * LN2
 
-    tile = (_SLOTS, K, block_kv)
+    tile, factors = (H, block_kv) if across else (block_kv, H), (_SLOTS, K, block_kv)
     cache_dtype = jnp.dtype(problem.cache)
-    scales = [pltpu.VMEM(tile, jnp.float32)] * (2 if problem.quantised else 0)
+    scales = [pltpu.VMEM(factors, jnp.float32)] * (2 if problem.quantised else 0)
     part = (B, problem.shares, K, R)
     return pl.pallas_call(
         kernel,
@@ -153,7 +158,7 @@ def decode(
                 pl.BlockSpec((1, 1, K, R, LANES), lambda b, c, *_: (b, c, 0, 0, 0)),
             ],
             scratch_shapes=[
-                *[pltpu.VMEM((*tile, H), cache_dtype)] * 2,
+                *[pltpu.VMEM((_SLOTS, K, *tile), cache_dtype)] * 2,
                 *scales,
                 pltpu.VMEM((K, R, H), jnp.float32),
                 pltpu.VMEM((K, R, LANES), jnp.float32),

@@ -15,7 +15,7 @@ FORCED_DIAGONALS = 100
 LAST_QUERIES = 64
 
 BACKENDS: dict[str, Backend] = {
-    "mosaic_gpu": alone(on_gpu("qwen_jax.kernels.line_scores.mosaic_gpu", "attention_sums")),
+    "mosaic_gpu": on_gpu("qwen_jax.kernels.line_scores.mosaic_gpu", "attention_sums"),
     "mosaic_tpu": alone(on_tpu("qwen_jax.kernels.line_scores.mosaic_tpu", "attention_sums")),
     "xla": reference.attention_sums,
 }

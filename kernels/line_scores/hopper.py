@@ -22,7 +22,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from qwen_jax.kernels.hopper import SHARED_BYTES, Ring, multiprocessors, tiled
+from qwen_jax.kernels.blocks import Blocks
+from qwen_jax.kernels.hopper import SHARED_BYTES, Held, Ring, multiprocessors, tiled
 from qwen_jax.kernels.hopper_rows import COLUMN, LAYOUT, ROW
 from qwen_jax.kernels.line_scores import hopper_sums
 from qwen_jax.kernels.line_scores.hopper_sums import DIAGONALS, LANE_FLOATS, TILE, WARP_FLOATS
@@ -34,7 +35,10 @@ _NONE = -1e30  # a maximum over nothing: finite, so that differences are
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """The shapes of a call; versions = rotations of the queries: 3 with dual chunk attention, else 1."""
+    """The shapes of a call; versions = rotations of the queries: 3 with dual chunk attention, else 1.
+
+    blocks: how positions are dealt to several devices, of which this one's are in the cache; None: all are.
+    """
 
     versions: int
     batch: int
@@ -42,6 +46,7 @@ class Problem:
     kv_heads: int
     capacity: int
     head_dim: int
+    blocks: Blocks | None = None
 
     @property
     def group(self) -> int:
@@ -93,6 +98,7 @@ class _Work:
         self.layer = where_ref[0]
         # Tiles [0, succ) are INTER, [succ, intra) SUCC, the rest INTRA.
         self._succ, self._intra = lax.div(where_ref[1], tile), lax.div(where_ref[2], tile)
+        self.held = Held(problem.blocks, where_ref[3], tile)
         self._rows_ref = rows_ref
         self._items = problem.pairs * problem.shares
         self.blocks = min(multiprocessors(), self._items)
@@ -153,10 +159,10 @@ def log_sum_exps(
 ) -> Callable[..., jax.Array]:
     """The first walk: (where, rows, q, k) -> float32[pairs * shares * wgs, G, ROWS], base 2.
 
-    where: int32[3], (layer, first SUCC key, first INTRA key). rows: int32[2 * B], for each row of the batch the position of
-    the first query and the number of keys that count. q: [versions * pairs, G, ROWS, H], versions in key order,
-    scaled so that q . k is a base-2 exponent. k: [L * pairs, S, H]. The results of a pair are consecutive; a query's
-    log-sum-exp is that of all of them, -inf where a range has no key for it.
+    where: int32[4], (layer, slots of the first SUCC and of the first INTRA key, rank). rows: int32[2 * B], for each row of
+    the batch the position of the first query and the number of slots that count. q: [versions * pairs, G, ROWS, H],
+    versions in key order, scaled so that q . k is a base-2 exponent. k: [L * pairs, S, H]. The results of a pair are
+    consecutive; a query's log-sum-exp is that of all of them, -inf where a range has no key for it.
     """
     G, H, wgs, keys = problem.group, problem.head_dim, tiling.first_wgs, tiling.first_keys
     items = problem.pairs * problem.shares
@@ -186,7 +192,7 @@ def log_sum_exps(
                 s = pl.run_scoped(product, plgpu.ACC((ROWS, keys), jnp.float32))
                 if masked:
                     last = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW) + (
-                        first_query - tile * keys
+                        first_query - work.held.start(tile)
                     )
                     key = plgpu.broadcasted_iota(jnp.int32, (keys,), 0, layout=COLUMN)
                     seen = lax.broadcast_in_dim(key, s.shape, [1]) <= lax.broadcast_in_dim(last, s.shape, [0])
@@ -212,7 +218,7 @@ def log_sum_exps(
                 return n + 1
 
             def one_version(_: Any, lo: jax.Array, hi: jax.Array, n: jax.Array) -> jax.Array:
-                full = jnp.clip(lax.div(first_query + 1, keys), lo, hi)
+                full = jnp.clip(lax.div(work.held.below(first_query + 1), keys), lo, hi)
                 plgpu.barrier_wait(q_full)
                 n = lax.fori_loop(lo, full, lambda tile, n: one_tile(tile, n, masked=False), n)
                 n = lax.fori_loop(full, hi, lambda tile, n: one_tile(tile, n, masked=True), n)
@@ -309,7 +315,7 @@ def line_sums(
                 s = s - lax.broadcast_in_dim(lse, s.shape, [1])
                 if masked:
                     key = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=ROW) + (
-                        tile * TILE - first_query
+                        work.held.start(tile) - first_query
                     )
                     query = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=COLUMN)
                     seen = lax.broadcast_in_dim(key, s.shape, [0]) <= lax.broadcast_in_dim(
@@ -330,7 +336,7 @@ def line_sums(
                 return lax.fori_loop(0, G, lambda head, n: one_head(head, n, tile, keys, masked), n)
 
             def one_version(_: Any, lo: jax.Array, hi: jax.Array, n: jax.Array) -> jax.Array:
-                full = jnp.clip(lax.div(first_query + 1, TILE), lo, hi)
+                full = jnp.clip(lax.div(work.held.below(first_query + 1), TILE), lo, hi)
 
                 def tiles(begin: jax.Array, end: jax.Array, n: jax.Array, masked: bool) -> jax.Array:
                     """This warpgroup's of tiles [begin, end): those that are wg mod wgs, counted from lo."""

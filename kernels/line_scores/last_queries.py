@@ -38,17 +38,20 @@ def last_queries_of(
     rotary: Rotary,
     factor_B: jax.Array,
     last_queries: int,
+    first: jax.Array | int | None = None,
 ) -> LastQueries:
-    """Arguments as in `reference.attention_sums`; factor_B float32[B] is that on scores as exponents of base 2."""
+    """Arguments as in `reference.attention_sums`, `first` by default q_start; factor_B float32[B] is that on scores, as
+    exponents of base 2."""
     T = q_BTNH.shape[1]
+    first = q_start if first is None else first
     first_B = jnp.clip(end_B - q_start - ROWS, 0, max(T - ROWS, 0))
     i_BR = (q_start + first_B)[:, None] + jnp.arange(ROWS, dtype=jnp.int32)
-    real_BR = (i_BR < end_B[:, None]) & (i_BR >= jnp.maximum(end_B - last_queries, q_start)[:, None])
+    real_BR = (i_BR < end_B[:, None]) & (i_BR >= jnp.maximum(end_B - last_queries, first)[:, None])
     q_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, max(ROWS - T, 0)), (0, 0), (0, 0)))
     q_BRNH = jax.vmap(lambda q_TNH, first: lax.dynamic_slice_in_dim(q_TNH, first, ROWS))(q_BTNH, first_B)
     q_BRNH = q_BRNH.astype(jnp.float32) * factor_B[:, None, None, None]
     q_PBRNH = jnp.stack(
         [rotary.rotate_queries(q_BRNH, i_BR, stage, critical=True) for stage in rotary.stages]
     )
-    end_B = jnp.where(end_B > q_start, end_B, 0)
+    end_B = jnp.where(end_B > first, end_B, 0)
     return LastQueries(i_BR[:, 0], end_B, real_BR, jnp.swapaxes(q_PBRNH, 2, 3).astype(q_BTNH.dtype))

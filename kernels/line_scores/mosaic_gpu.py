@@ -6,8 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from qwen_jax.kernels.hopper import LOG2E, why_not_hopper
+from qwen_jax.kernels.blocks import EVERYTHING, Share
+from qwen_jax.kernels.hopper import LOG2E, why_not_hopper, why_not_shared
 from qwen_jax.kernels.line_scores.hopper import Problem, Tiling, line_sums, log_sum_exps
 from qwen_jax.kernels.line_scores.hopper_sums import TILE
 from qwen_jax.kernels.line_scores.last_queries import ROWS, last_queries_of
@@ -24,6 +26,8 @@ def attention_sums(
     rotary: Rotary,
     scale_B: jax.Array,
     last_queries: int,
+    first: jax.Array | int | None = None,
+    share: Share | None = None,
     tiling: Tiling | None = None,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -41,28 +45,30 @@ def attention_sums(
     tiling = tiling or Tiling()
     if reason := refusal(q_BTNH, k_LBKSH, rotary, last_queries, tiling):
         raise NotImplementedError(reason)
+    if reason := why_not_shared(share, max(tiling.first_keys, TILE)):
+        raise NotImplementedError(reason)
     B, _, N, H = q_BTNH.shape
     K, S = k_LBKSH.shape[2:4]
     G = N // K
-    problem = Problem(3 if rotary.dca else 1, B, N, K, S, H)
+    held = share or EVERYTHING
+    problem = Problem(3 if rotary.dca else 1, B, N, K, S, H, share.blocks if share else None)
     last = last_queries_of(
         q_BTNH, q_start=q_start, end_B=end_B, rotary=rotary, factor_B=scale_B.astype(jnp.float32) * LOG2E,
-        last_queries=last_queries,
+        last_queries=last_queries, first=first,
     )  # fmt: skip
     q = last.q.reshape(-1, G, ROWS, H)
     k = k_LBKSH.reshape(-1, S, H)
-    where = jnp.stack([layer, *rotary.stage_starts(q_start)])
-    rows = jnp.stack([last.first, last.end], axis=1).reshape(-1)
+    where = jnp.stack([layer, *map(held.below, rotary.stage_starts(q_start)), jnp.int32(held.rank)])
+    seen_B = held.below(last.end)
+    rows = jnp.stack([last.first, seen_B], axis=1).reshape(-1)
     parts = log_sum_exps(problem, tiling, q_BTNH.dtype, interpret)(where, rows, q, k)
-    parts_BKPGR = parts.reshape(B, K, -1, G, ROWS)
-    peak_BKGR = parts_BKPGR.max(2)
-    lse_BKGR = peak_BKGR + jnp.log2(jnp.exp2(parts_BKPGR - peak_BKGR[:, :, None]).sum(2))
+    lse_BKGR = _log_sum_exp(parts.reshape(B, K, -1, G, ROWS), held.axis)
     lse_BKGR = jnp.where(last.real[:, None, None], lse_BKGR, jnp.inf)
     columns, diagonals = line_sums(problem, tiling, q_BTNH.dtype, interpret)(
         where, rows, q, k, lse_BKGR.reshape(-1, G, ROWS)
     )
     return columns.reshape(B, N, -1)[..., :S], _by_distance(
-        diagonals.reshape(B, N, -1, 2 * ROWS), last.first, last.end, S
+        diagonals.reshape(B, N, -1, 2 * ROWS), last.first, seen_B, held.capacity(S), share
     )
 
 
@@ -86,18 +92,42 @@ def refusal(
     return None
 
 
-def _by_distance(diagonals_BNMX: jax.Array, i_B: jax.Array, seen_B: jax.Array, capacity: int) -> jax.Array:
-    """The sums of every tile of keys, by diagonal within the tile, as sums by distance, float32[B, N, S].
+def _log_sum_exp(parts_BKPGR: jax.Array, axis: str | None) -> jax.Array:
+    """Base 2, of the keys of all P ranges, and of all devices of a mesh axis; +inf for a query that sees none of them."""
+    peak_BKGR = parts_BKPGR.max(2)
+    if axis is not None:
+        peak_BKGR = lax.pmax(peak_BKGR, axis)
+    seen_BKGR = peak_BKGR > -jnp.inf
+    total_BKGR = jnp.exp2(parts_BKPGR - jnp.where(seen_BKGR, peak_BKGR, 0.0)[:, :, None]).sum(2)
+    if axis is not None:
+        total_BKGR = lax.psum(total_BKGR, axis)
+    return jnp.where(seen_BKGR, peak_BKGR + jnp.log2(total_BKGR), jnp.inf)
+
+
+def _by_distance(
+    diagonals_BNMX: jax.Array, i_B: jax.Array, seen_B: jax.Array, capacity: int, share: Share | None = None
+) -> jax.Array:
+    """The sums of every tile of keys, by diagonal within the tile, as sums by distance, float32[B, N, capacity].
 
     Entry x < ROWS of tile m holds distance i - ROWS m + (ROWS - 1 - x), the upper half the same less ROWS: laid end to end, the
-    lower halves run over all distances downwards, and so do the upper ones, a tile later.
+    lower halves run over all distances downwards, and so do the upper ones, a tile later. Tiles of a share are laid where their
+    positions lie, among zeros.
     """
     B, N, M, _ = diagonals_BNMX.shape
     there_BNM1 = (jnp.arange(M) < (seen_B[:, None] + (TILE - 1)) // TILE)[:, None, :, None]
-    near, far = (
-        jnp.where(there_BNM1, half, 0.0).reshape(B, N, M * ROWS)
-        for half in jnp.split(diagonals_BNMX, 2, axis=-1)
-    )
+
+    def laid(half_BNMR: jax.Array) -> jax.Array:
+        half_BNMR = jnp.where(there_BNM1, half_BNMR, 0.0)
+        if share is None:
+            return half_BNMR.reshape(B, N, M * ROWS)
+        each, count = share.blocks.size // TILE, share.blocks.count
+        blocks = -(-M // each)
+        half_BNMR = jnp.pad(half_BNMR, ((0, 0), (0, 0), (0, blocks * each - M), (0, 0)))
+        here = (jnp.arange(count) == share.rank)[:, None]
+        mine = half_BNMR.reshape(B, N, blocks, 1, share.blocks.size)
+        return jnp.where(here, mine, 0.0).reshape(B, N, blocks * share.blocks.round)
+
+    near, far = map(laid, jnp.split(diagonals_BNMX, 2, axis=-1))
     # One tile more: the last diagonals of a piece that ends within a tile.
     near, far = jnp.pad(near, ((0, 0), (0, 0), (0, 2 * ROWS))), jnp.pad(far, ((0, 0), (0, 0), (ROWS, ROWS)))
     at_BS = i_B[:, None] + (ROWS - 1) - jnp.arange(capacity, dtype=jnp.int32)

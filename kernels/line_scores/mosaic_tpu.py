@@ -10,7 +10,7 @@ from jax import lax
 
 from qwen_jax.kernels.line_scores.last_queries import ROWS, last_queries_of
 from qwen_jax.kernels.line_scores.tpu import Problem, line_sums, log_sum_exps
-from qwen_jax.kernels.tpu import LANES, LOG2E, NOTHING_YET, why_not_tpu
+from qwen_jax.kernels.tpu import LANES, LOG2E, NOTHING_YET, as_it_lies, why_not_tpu
 from qwen_jax.rope import Rotary
 
 _BLOCK_KV = 1024
@@ -55,10 +55,11 @@ def attention_sums(
     q_PBKRH = jnp.pad(q_PBKRH, ((0, 0), (0, 0), (0, 0), (0, unused), (0, 0)))
     where = jnp.stack([layer, *(start // block_kv for start in rotary.stage_starts(q_start))])
     rows = jnp.stack([last.first, last.end], axis=1).reshape(-1)
-    lse_BK1R = log_sum_exps(p, interpret)(where, rows, q_PBKRH, k_LBKSH)
+    keys = as_it_lies(k_LBKSH)
+    lse_BK1R = log_sum_exps(p, interpret)(where, rows, q_PBKRH, keys)
     counts_BR = jnp.pad(jnp.tile(last.real[:, ::-1], (1, p.group)), ((0, 0), (0, unused)))
     lse_BKR = jnp.where(counts_BR[:, None] & (lse_BK1R[:, :, 0] > NOTHING_YET), lse_BK1R[:, :, 0], jnp.inf)
-    columns_BKGS, diagonals_BKMGX = line_sums(p, interpret)(where, rows, q_PBKRH, k_LBKSH, lse_BKR[..., None])
+    columns_BKGS, diagonals_BKMGX = line_sums(p, interpret)(where, rows, q_PBKRH, keys, lse_BKR[..., None])
     diagonals_BKGMX = jnp.swapaxes(diagonals_BKMGX, 2, 3)
     return columns_BKGS.reshape(B, N, -1)[..., :S], _by_distance(
         diagonals_BKGMX.reshape(B, N, p.tiles, -1), last.first, S

@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
 from qwen_jax.kernels.line_scores.last_queries import ROWS
-from qwen_jax.kernels.tpu import LANES, MASKED, NOTHING_YET
+from qwen_jax.kernels.tpu import LANES, MASKED, NOTHING_YET, flat
 from qwen_jax.kernels.tpu_walk import product
 
 _VMEM_LIMIT = 48 * 2**20
@@ -64,9 +64,10 @@ def log_sum_exps(problem: Problem, interpret: Any = None) -> Callable[..., jax.A
 
     where: int32[3], (layer, first tiles of SUCC and of INTRA keys). rows: int32[2 * B], for each row of the batch the position
     of its first query and the number of keys that count. q: [versions, B, K, rows, H], versions in key order, scaled so that
-    q . k is a base-2 exponent; a head's ROWS queries from the last to the first. k: [L, B, K, S, H].
+    q . k is a base-2 exponent; a head's ROWS queries from the last to the first. k: [L, B, K, S, H], or [L, B, K, H, S] where
+    it lies so (`tpu.flat`).
     """
-    R, W = problem.rows, problem.block_kv
+    R, W, head_axis = problem.rows, problem.block_kv, 0 if flat(problem.head_dim) else 1
 
     def kernel(
         where_ref: Any, rows_ref: Any, q_ref: Any, k_ref: Any, lse_ref: Any, peak: Any, total: Any
@@ -81,7 +82,7 @@ def log_sum_exps(problem: Problem, interpret: Any = None) -> Callable[..., jax.A
 
         @pl.when(n * W < end)
         def _() -> None:
-            s_SR = product(k_ref[0, 0, 0], q_ref[_version(problem, where_ref, n), 0, 0], 1, 1)
+            s_SR = product(k_ref[0, 0, 0], q_ref[_version(problem, where_ref, n), 0, 0], head_axis, 1)
             key = lax.broadcasted_iota(jnp.int32, (W, R), 0) + n * W
             row = lax.broadcasted_iota(jnp.int32, (W, R), 1)
             s_SR = jnp.where(key <= first + (ROWS - 1) - (row & (ROWS - 1)), s_SR, MASKED)
@@ -112,6 +113,7 @@ def line_sums(problem: Problem, interpret: Any = None) -> Callable[..., tuple[ja
     count hold zeros.
     """
     B, K, W, G = problem.batch, problem.kv_heads, problem.block_kv, problem.group
+    head_axis = 0 if flat(problem.head_dim) else 1
 
     def kernel(
         where_ref: Any, rows_ref: Any, q_ref: Any, k_ref: Any, lse_ref: Any, columns_ref: Any, diagonals_ref: Any
@@ -132,7 +134,7 @@ def line_sums(problem: Problem, interpret: Any = None) -> Callable[..., tuple[ja
             seen = key <= first + (ROWS - 1) - back
             for g in range(G):
                 rows = pl.ds(g * ROWS, ROWS)
-                s_RS = product(q_ref[version, 0, 0, rows], k_ref[0, 0, 0], 1, 1)
+                s_RS = product(q_ref[version, 0, 0, rows], k_ref[0, 0, 0], 1, head_axis)
                 p_RS = jnp.where(seen, jnp.exp2(s_RS - lse_ref[0, 0, rows]), 0.0)
                 columns_ref[0, 0, pl.ds(g, 1)] = p_RS.sum(axis=0, keepdims=True)
                 room = jnp.concatenate([p_RS, jnp.zeros((ROWS, LANES), jnp.float32)], axis=1)
@@ -166,10 +168,12 @@ def _walk(
     kernel: Any, problem: Problem, interpret: Any, name: str, *, inputs: list[Any], scratch_shapes: list[Any], **out: Any
 ) -> Callable[..., Any]:  # fmt: skip
     R, W, H = problem.rows, problem.block_kv, problem.head_dim
+    across = flat(H)
 
     def keys(b: jax.Array, h: jax.Array, n: jax.Array, where_ref: Any, rows_ref: Any) -> tuple[Any, ...]:
         last = jnp.maximum(lax.div(rows_ref[2 * b + 1] + (W - 1), W) - 1, 0)
-        return where_ref[0], b, h, jnp.minimum(n, last), 0  # the last tile again is not copied again
+        tile = jnp.minimum(n, last)  # the last again is not copied again
+        return where_ref[0], b, h, *((0, tile) if across else (tile, 0))
 
     return pl.pallas_call(
         kernel,
@@ -178,7 +182,7 @@ def _walk(
             grid=(problem.batch, problem.kv_heads, problem.tiles),
             in_specs=[
                 pl.BlockSpec((problem.versions, 1, 1, R, H), lambda b, h, n, *_: (0, b, h, 0, 0)),
-                pl.BlockSpec((1, 1, 1, W, H), keys),
+                pl.BlockSpec((1, 1, 1, *((H, W) if across else (W, H))), keys),
                 *inputs,
             ],
             out_specs=out["out_specs"],

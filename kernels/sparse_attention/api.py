@@ -14,7 +14,7 @@ from qwen_jax.kernels.sparse_attention.bands import BAND
 from qwen_jax.rope import Rotary
 
 BACKENDS: dict[str, Backend] = {
-    "mosaic_gpu": alone(on_gpu("qwen_jax.kernels.sparse_attention.mosaic_gpu", "attend_lines")),
+    "mosaic_gpu": on_gpu("qwen_jax.kernels.sparse_attention.mosaic_gpu", "attend_lines"),
     "mosaic_tpu": alone(on_tpu("qwen_jax.kernels.sparse_attention.mosaic_tpu", "attend_lines")),
     "xla": reference.attend_lines,
 }

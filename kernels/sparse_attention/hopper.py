@@ -24,9 +24,11 @@ from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
+from qwen_jax.kernels.blocks import Blocks
 from qwen_jax.kernels.hopper import Ring, multiprocessors, tiled
 from qwen_jax.kernels.hopper_walk import COLUMN, ROW, ROWS, Walk
 from qwen_jax.kernels.sparse_attention.bands import BAND
+from qwen_jax.kernels.sparse_attention.tiles import entries, residues
 
 WGS = BAND // ROWS
 FIELDS, OWN_KEYS = 9, 2  # int32 a work item, see `plan.Plan.items`, and the place of its own keys
@@ -64,6 +66,14 @@ class Problem:
     capacity: int
     head_dim: int
     columns: int  # slots of compacted columns a head
+    blocks: Blocks | None = (
+        None  # how positions are dealt to several devices, of which this one's are in the cache
+    )
+
+    @property
+    def distances(self) -> int:
+        """Tile distances that there are."""
+        return pl.cdiv(self.capacity * (self.blocks.count if self.blocks else 1), BAND)
 
     @property
     def query_tiles(self) -> int:
@@ -92,7 +102,8 @@ def sparse_prefill(
     stages = tiling.stages
     items = B * N * problem.query_tiles
     blocks = min(multiprocessors(), items)
-    distances = pl.cdiv(problem.capacity, BAND)
+    distances, dealt = problem.distances, problem.blocks
+    R, K = residues(dealt), entries(dealt, distances)
     dca = problem.versions == 3
 
     def kernel(
@@ -137,6 +148,8 @@ def sparse_prefill(
 
             def causal(s: jax.Array, _: jax.Array) -> jax.Array:
                 last = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW) + wg * ROWS
+                if dealt:  # the first tile may be another, all of which is seen
+                    last = last + jnp.maximum(handed(_OWN_KEYS) - BAND, 0)
                 last = jnp.minimum(last, handed(_OWN_KEYS) - 1)
                 key = plgpu.broadcasted_iota(jnp.int32, (BAND,), 0, layout=COLUMN)
                 seen = lax.broadcast_in_dim(key, s.shape, [1]) <= lax.broadcast_in_dim(last, s.shape, [0])
@@ -173,10 +186,18 @@ def sparse_prefill(
             at = (layer * B + b) * problem.kv_heads + lax.div(head, problem.group)
             bands, steps = ends[2], ends[5]
 
+            query_tile = first_tile + tile
+            listed = (pair if R == 1 else pair * R + lax.rem(query_tile, R)) * K
+            if dealt:
+                listed = listed + (own_keys > BAND).astype(jnp.int32)
+
             def load_band(j: jax.Array, _: None) -> None:
-                key_tile = first_tile + tile - near_ref[pair * distances + j]
-                # Past the end of a row nothing need be a number: a query tile there reads the first key tile, and masks it.
-                key_tile = jnp.where(own_keys > 0, key_tile, 0)
+                key_tile = query_tile - near_ref[listed + j]
+                if dealt:  # from positions to slots
+                    each = dealt.size // BAND
+                    key_tile = lax.div(key_tile, R) * each + lax.rem(key_tile, each)
+                # Where no key of the own tile is real and here, nothing there need be a number: the first is read, and masked.
+                key_tile = jnp.where((j > 0) | (own_keys > 0), key_tile, 0)
                 ring.load(source.at[at, pl.ds(key_tile * BAND, BAND)], first + j)
 
             def load_columns(j: jax.Array, _: None) -> None:
@@ -216,7 +237,7 @@ def sparse_prefill(
             after = seen + ends[5], seen_columns + (ends[5] - ends[2])
             b, head = lax.div(pair, N), lax.rem(pair, N)
 
-            def load(which: int, n: jax.Array, until: jax.Array, first: bool) -> None:
+            def load(which: Any, n: jax.Array, until: jax.Array, first: bool) -> None:
                 for w in range(WGS):
                     pl.when(n > 0)(functools.partial(plgpu.barrier_wait, q_free.at[w]))
                     fields = {_UNTIL: until}
@@ -239,7 +260,10 @@ def sparse_prefill(
                 load(0, done, ends[5], first=True)
                 return done + 1, *after
             # A segment that has tiles asks for its rotation, unless that is the one at hand.
-            now, switches = jnp.int32(_INTRA), []
+            foremost = jnp.int32(_INTRA)  # that of the own tile, or of what the walk begins with instead
+            if dealt:
+                foremost = jnp.where(ends[0] > 0, _INTRA, jnp.where(ends[1] > 0, _SUCC, _INTER))
+            now, switches = foremost, []
             for which, start, end in zip(_SEGMENTS[1:], ends, ends[1:], strict=False):
                 switches.append((which, start, (end > start) & (now != which)))
                 now = jnp.where(end > start, which, now)
@@ -247,7 +271,7 @@ def sparse_prefill(
             for which, start, needed in reversed(switches):
                 loads.append((which, until, needed))
                 until = jnp.where(needed, start, until)
-            load(_INTRA, done, until, first=True)  # the own tile
+            load(foremost if dealt else _INTRA, done, until, first=True)
             done = done + 1
             for which, until, needed in reversed(loads):
                 pl.when(needed)(functools.partial(load, which, done, until, first=False))

@@ -46,15 +46,17 @@ ON_TPU = Making(bits=16, product=True, loops=True)
 
 
 class Lists(NamedTuple):
-    """Lists of all heads: X = batch * heads, M = tile distances, P = column slots.
+    """Lists of all heads: X = batch * heads, M = tile distances, W = key tiles in the cache, P = column slots.
+
+    R and K are 1 and M, or the shape of `distances_RK`; entry k stands for the distance distances_RK[r, k], or k.
 
     Attributes:
-        near: int32[X, M], the tile distances in a head's bands, ascending from 0; then anything.
-        nearer: int32[X, M + 1], how many bands are nearer than a tile distance.
+        near: int32[X, R, K], the tile distances in a head's bands, ascending from 0; then anything.
+        nearer: int32[X, R, K + 1], how many bands there are among the entries before each.
         in_band: bool[X, M], by tile distance.
-        before: int32[X, M + 1], how many columns lie in earlier key tiles.
+        before: int32[X, W + 1], how many columns lie in earlier key tiles.
         older: int32[X], how many of them lie before the queries' own chunk.
-        position: int32[X, P], the key position of every column slot, ascending; any for a slot without a column.
+        position: int32[X, P], where in the cache the key of every column slot lies, ascending; any for a slot without a column.
         is_column: bool[X, P], which slots have one: columns of each stage start a tile of slots.
         inter_end, succ_end: int32[X], ends of the tiles of slots in the stages INTER and SUCC.
     """
@@ -85,20 +87,22 @@ def lists_of(
     dca: bool,
     making: Making,
     align: int = BAND,
+    distances_RK: jax.Array | None = None,
 ) -> Lists:
-    """The lists of a piece.
+    """The lists of a piece. Key tiles are counted as they lie in the cache.
 
     Args:
         columns_BNS, bands_BNM, most_columns: as in `api.attend_lines`.
-        last_tile: the piece's last query tile, at most M - 1: no column from there on is laid out.
+        last_tile: the key tile of the piece's last queries, at most W: no column from there on is laid out.
         stage_tiles: key tiles where the SUCC and the INTRA keys start.
         dca: whether there are stages.
         making: by which operations; the lists are the same.
         align: slots a tile.
+        distances_RK: lists of distances to choose from instead of all, see `tiles.Tiles.distances`.
     """
     B, N, S = columns_BNS.shape
-    X, M = B * N, tile_distances(S)
-    bits_XMW = _words(columns_BNS.reshape(X, S), M, making)
+    X, M = B * N, bands_BNM.shape[-1]
+    bits_XMW = _words(columns_BNS.reshape(X, S), tile_distances(S), making)
     before_XM = jnp.minimum(_sums(lax.population_count(bits_XMW).sum(-1).astype(jnp.int32)), most_columns)
     inter_X, older_X, all_X = (before_XM[:, at] for at in (*stage_tiles, last_tile))
     slots = column_slots(most_columns, dca, align)
@@ -107,14 +111,21 @@ def lists_of(
     )
 
     in_band_XM = bands_BNM.reshape(X, M).at[:, 0].set(True)
-    nearer_XM = _sums(in_band_XM.astype(jnp.int32))
-    slot_XM = jnp.where(in_band_XM, nearer_XM[:, :-1], M)
-    distance_XM = jnp.broadcast_to(jnp.arange(M, dtype=jnp.int32), (X, M))
-    rows_X = jnp.arange(X, dtype=jnp.int32)[:, None]
-    near_XM = (
-        jnp.zeros((X, M), jnp.int32).at[rows_X, slot_XM].set(distance_XM, mode="drop", unique_indices=True)
+    if distances_RK is None:
+        distances_RK, listed_XRK = jnp.arange(M, dtype=jnp.int32)[None], in_band_XM[:, None]
+    else:
+        listed_XRK = (distances_RK < M) & in_band_XM[:, jnp.minimum(distances_RK, M - 1)]
+    shape = X, *distances_RK.shape
+    listed_YK = listed_XRK.reshape(-1, shape[-1])  # Y = X * R
+    nearer_YK = _sums(listed_YK.astype(jnp.int32))
+    place_YK = jnp.where(listed_YK, nearer_YK[:, :-1], shape[-1])
+    rows_Y = jnp.arange(len(listed_YK), dtype=jnp.int32)[:, None]
+    distance_YK = jnp.broadcast_to(distances_RK, shape).reshape(-1, shape[-1])
+    near_YK = (
+        jnp.zeros_like(distance_YK).at[rows_Y, place_YK].set(distance_YK, mode="drop", unique_indices=True)
     )
-    return Lists(near_XM, nearer_XM, in_band_XM, before_XM, older_X, position_XP, is_column_XP, *ends)
+    near_XRK, nearer_XRK = near_YK.reshape(shape), nearer_YK.reshape(*shape[:2], -1)
+    return Lists(near_XRK, nearer_XRK, in_band_XM, before_XM, older_X, position_XP, is_column_XP, *ends)
 
 
 def _words(columns_XS: jax.Array, M: int, making: Making) -> jax.Array:

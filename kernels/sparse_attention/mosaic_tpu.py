@@ -13,7 +13,7 @@ from qwen_jax.kernels.sparse_attention.bands import BAND
 from qwen_jax.kernels.sparse_attention.lists import column_slots
 from qwen_jax.kernels.sparse_attention.tpu import Problem, Tiling, sparse_prefill
 from qwen_jax.kernels.sparse_attention.tpu_plan import plan
-from qwen_jax.kernels.tpu import LANES, LOG2E, generation, target, why_not_tpu
+from qwen_jax.kernels.tpu import LANES, LOG2E, flat, generation, target, why_not_tpu
 from qwen_jax.rope import Rotary
 
 _WIDE = {"v6e", "tpu7x"}  # their matrix units are 256 wide
@@ -48,6 +48,8 @@ def attend_lines(
     if not interpret and (reason := why_not_tpu()):
         raise NotImplementedError(reason)
     head_dim, capacity = k_LBKSH.shape[4], k_LBKSH.shape[3]
+    if not interpret and flat(head_dim):
+        raise NotImplementedError(f"a head of {head_dim} lies along lanes: the whole cache would be copied")
     tiling = tiling or tiling_for(generation(target()), head_dim)
     if reason := dense.refusal(q_BTNH, k_LBKSH, v_LBKSH):
         raise NotImplementedError(reason)

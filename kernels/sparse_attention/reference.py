@@ -77,9 +77,8 @@ def attend_lines(
         x, q_CPTH, columns_S, bands_M = xs
         b, kv_head = x // N, x % N // (N // K)
         end = jnp.minimum(jnp.minimum(kv_len_B[b], share.capacity(S)), q_start + T)
-        head = _Head.of(
-            k_LBKSH, v_LBKSH, (layer, b, kv_head), columns_S, bands_M, band, min(most_columns, S), end, share
-        )
+        k_SH, v_SH = (_head_of(x, (layer, b, kv_head)) for x in (k_LBKSH, v_LBKSH))
+        head = _Head.of(k_SH, v_SH, columns_S, bands_M, band, min(most_columns, S), end, share)
 
         def one_tile(xs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             c, q_PTH = xs
@@ -103,7 +102,7 @@ class _Head(NamedTuple):
     """What all query tiles of one head share.
 
     Attributes:
-        k_LBKSH, v_LBKSH, where: the cache, and the (layer, row, KV head) to read.
+        k_SH, v_SH: its part of the cache.
         end: keys there are, on all devices.
         column_S: bool, the chosen columns among them, by slot.
         bands_M: bool, tile distances to compute.
@@ -112,9 +111,8 @@ class _Head(NamedTuple):
         j_C, k_CH, v_CH: positions, keys and values of the columns in key order; past the last, `end` and anything.
     """
 
-    k_LBKSH: jax.Array
-    v_LBKSH: jax.Array
-    where: tuple[jax.Array, jax.Array, jax.Array]
+    k_SH: jax.Array
+    v_SH: jax.Array
     end: jax.Array
     column_S: jax.Array
     bands_M: jax.Array
@@ -127,9 +125,8 @@ class _Head(NamedTuple):
     @classmethod
     def of(
         cls,
-        k_LBKSH: jax.Array,
-        v_LBKSH: jax.Array,
-        where: tuple[jax.Array, jax.Array, jax.Array],
+        k_SH: jax.Array,
+        v_SH: jax.Array,
         columns_S: jax.Array,
         bands_M: jax.Array,
         band: int,
@@ -137,13 +134,13 @@ class _Head(NamedTuple):
         end: jax.Array,
         share: Share,
     ) -> _Head:
-        S = k_LBKSH.shape[3]
+        S = len(k_SH)
         column_S = columns_S & (share.position(jnp.arange(S, dtype=jnp.int32)) < end)
         # One batch more than there can be columns: a batch read from any place stays inside.
         slot_C = jnp.nonzero(column_S, size=most_columns + BATCH, fill_value=S)[0].astype(jnp.int32)
-        k_CH, v_CH = (x[*where].at[slot_C].get(mode="clip") for x in (k_LBKSH, v_LBKSH))
+        k_CH, v_CH = (x.at[slot_C].get(mode="clip") for x in (k_SH, v_SH))
         j_C = jnp.where(slot_C < S, share.position(slot_C), end)
-        return cls(k_LBKSH, v_LBKSH, where, end, column_S, bands_M, band, share, j_C, k_CH, v_CH)
+        return cls(k_SH, v_SH, end, column_S, bands_M, band, share, j_C, k_CH, v_CH)
 
     def attend(
         self, q_PTH: jax.Array, c: jax.Array, q_start: jax.Array, rotary: Rotary, scale: jax.Array
@@ -173,11 +170,11 @@ class _Head(NamedTuple):
     @property
     def width(self) -> int:
         """Slots of a key tile: consecutive positions of one tile of `band`."""
-        return min(self.band, self.share.blocks.size, self.k_LBKSH.shape[3])
+        return min(self.band, self.share.blocks.size, len(self.k_SH))
 
     def _tiles(self, c: jax.Array) -> jax.Array:
         """The key tiles W in the bands of query tile c, ascending, then as many as there are."""
-        W = -(-self.k_LBKSH.shape[3] // self.width)
+        W = -(-len(self.k_SH) // self.width)
         starts_W = self.share.position(jnp.arange(W, dtype=jnp.int32) * self.width)
         apart_W = c - starts_W // self.band
         in_band = (self.bands_M[jnp.maximum(apart_W, 0)] & (apart_W > 0)) | (apart_W == 0)
@@ -198,7 +195,7 @@ class _Head(NamedTuple):
     def _walk_tiles(
         self, add: _Add, tiles_W: jax.Array, lo: jax.Array, hi: jax.Array, state: _Softmax
     ) -> _Softmax:
-        (S, H), W, width = self.k_LBKSH.shape[3:], len(tiles_W), self.width
+        (S, H), W, width = self.k_SH.shape, len(tiles_W), self.width
         together = min(max(BATCH // width, 1), W)
         lo, hi = self.share.below(lo), self.share.below(hi)
         first, stop = (tiles_W < lo // width).sum(), (tiles_W * width < hi).sum()
@@ -208,20 +205,23 @@ class _Head(NamedTuple):
             chosen_G = lax.dynamic_slice_in_dim(padded_W, first + n * together, together)
             start_G = jnp.minimum(chosen_G * width, S - width)  # the last tile may overhang the cache
 
-            def read(x_LBKSH: jax.Array) -> jax.Array:
-                def one(start: jax.Array) -> jax.Array:
-                    at = (*self.where, start, jnp.int32(0))
-                    return lax.dynamic_slice(x_LBKSH, at, (1, 1, 1, width, H))[0, 0, 0]
-
-                return jax.vmap(one)(start_G).reshape(-1, H)
+            def read(x_SH: jax.Array) -> jax.Array:
+                tiles = jax.vmap(lambda start: lax.dynamic_slice_in_dim(x_SH, start, width))(start_G)
+                return tiles.reshape(-1, H)
 
             slot_GS = start_G[:, None] + jnp.arange(width, dtype=jnp.int32)
             counts_GS = (slot_GS >= chosen_G[:, None] * width) & ~self.column_S[slot_GS]
             j_S = self.share.position(slot_GS).reshape(-1)
-            batch = _Batch(read(self.k_LBKSH), read(self.v_LBKSH), j_S, counts_GS.reshape(-1))
+            batch = _Batch(read(self.k_SH), read(self.v_SH), j_S, counts_GS.reshape(-1))
             return add(batch, state)
 
         return lax.fori_loop(0, -(-jnp.maximum(stop - first, 0) // together), visit, state)
+
+
+def _head_of(x_LBKSH: jax.Array, at: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+    """One head's keys or values as an array of its own [S, H]: the layout in which columns are gathered is then no matter of
+    the cache, which the TPU compiler copied whole in every layer."""
+    return lax.optimization_barrier(x_LBKSH[at])
 
 
 def _add(

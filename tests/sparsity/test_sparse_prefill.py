@@ -12,12 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, PartitionSpec
 
 from qwen_jax import LLM, QwenJaxError, SamplingParams
 from qwen_jax.cache import KVCache
-from qwen_jax.config import ModelConfig
+from qwen_jax.config import DualChunk, ModelConfig
 from qwen_jax.kernels.attention.api import attend
+from qwen_jax.kernels.blocks import Blocks, Share
+from qwen_jax.kernels.cutoffs import mosaic_gpu as cutoffs_gpu
+from qwen_jax.kernels.line_scores import api as line_scores
+from qwen_jax.kernels.line_scores import mosaic_gpu as lines_gpu
 from qwen_jax.kernels.quantised import expand, quantise
+from qwen_jax.kernels.sparse_attention import api as sparse_attention
+from qwen_jax.kernels.sparse_attention import mosaic_gpu as sparse_gpu
 from qwen_jax.rope import Rotary
 from qwen_jax.sharding import AXES
 from qwen_jax.sparsity.attention import ALL_SPARSE, SparsePrefill, attend_prompts
@@ -236,3 +243,37 @@ def test_devices_together_choose_the_lines_that_one_does(
         LLM(folder, max_len=512, prefill_chunk=CHUNK, sparsity=rule, mesh=where) for where in (None, mesh)
     )
     np.testing.assert_allclose(many.score(IDS), one.score(IDS), rtol=0, atol=1e-3)
+
+
+def test_over_a_context_axis_hopper_gpus_score_and_attend_by_their_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing is left to XLA's backends, without which the program is lowered."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for kernels in (lines_gpu, sparse_gpu, cutoffs_gpu):
+        monkeypatch.setattr(kernels, "why_not_hopper", lambda: None)
+    for backends in (line_scores.BACKENDS, sparse_attention.BACKENDS):
+        monkeypatch.delitem(backends, "xla")
+    N, K, H, S, T = 4, 2, 64, 8192, 2048
+    mesh = Mesh(np.array(jax.devices()[:2]), ("context",))
+    sparse = SparsePrefill(LineBudgets.of([[Budget(500, 500)] * N] * 2), ALL_SPARSE, 64)
+    rotary = Rotary(1e7, H, S, dca=DualChunk(2304, 256))
+
+    def run(q: Any, k: Any, v: Any, start: Any, length: Any, scale: Any) -> Any:
+        return attend_prompts(
+            q, KVCache(k, v), sparse, layer=jnp.int32(1), q_start=start, prompt_len_B=length, rotary=rotary,
+            scale_B=scale, share=Share.here(Blocks(512, 2), "context"),
+        )  # fmt: skip
+
+    cache = PartitionSpec(None, None, None, "context")
+    spread = jax.shard_map(
+        run, mesh=mesh, in_specs=(PartitionSpec(), cache, cache, *[PartitionSpec()] * 3),
+        out_specs=PartitionSpec("context"), check_vma=False,
+    )  # fmt: skip
+    shape = jax.ShapeDtypeStruct
+    k = shape((2, 1, K, S, H), jnp.bfloat16)
+    traced = jax.jit(spread).trace(
+        shape((1, T, N, H), jnp.bfloat16), k, k, shape((), jnp.int32), shape((1,), jnp.int32), shape((1,), jnp.float32)
+    )  # fmt: skip
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu_v") >= 3

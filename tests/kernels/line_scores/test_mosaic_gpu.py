@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from qwen_jax.config import DualChunk
+from qwen_jax.kernels.blocks import Blocks, Share
 from qwen_jax.kernels.line_scores import api, hopper, mosaic_gpu, reference
 from qwen_jax.kernels.line_scores.hopper import Problem
 from qwen_jax.kernels.line_scores.hopper_sums import LANE_FLOATS, WARP_FLOATS
@@ -51,6 +52,78 @@ def test_agrees_with_the_reference_across_every_stage_and_ragged_rows(
         assert np.linalg.norm(sums - right) < 1e-2 * np.linalg.norm(right)
 
 
+class _PartsError(Exception):
+    """Carries what the first walk found out of a trace."""
+
+
+@pytest.mark.parametrize(("blocks", "dca", "off"), [(Blocks(128, 2), True, 0), (Blocks(256, 4), False, 75)])
+def test_devices_that_hold_shares_agree_with_one(
+    blocks: Blocks, dca: bool, off: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One after another: the interpreter runs one device at a time, so the first walks of all meet by hand."""
+    if jax.__version_info__ < (0, 12):
+        pytest.skip(
+            "the GPU interpreter of this jax loses track of barriers; the kernels themselves run on it"
+        )
+    monkeypatch.setattr(hopper, "multiprocessors", lambda: 2)
+    S, H = 3 * blocks.round, 64
+    q_start = S - 256 + off
+    rotary = Rotary(1e4, H, 4096, dca=DualChunk(blocks.round + 32, 32) if dca else None)
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.standard_normal((2, 80, 2, H)), jnp.bfloat16)
+    k = jnp.asarray(rng.standard_normal((1, 2, 1, S, H)), jnp.bfloat16)
+    call: dict[str, Any] = {
+        "layer": jnp.int32(0), "q_start": jnp.int32(q_start), "end_B": jnp.array([q_start + 75, 100], jnp.int32),
+        "rotary": rotary, "scale_B": jnp.full(2, 1.5 * H**-0.5), "last_queries": 60, "first": jnp.int32(q_start + 25),
+    }  # fmt: skip
+    of_parts = mosaic_gpu._log_sum_exp
+
+    def sums(instead: Any, q: Any, k: Any, share: Share) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(mosaic_gpu, "_log_sum_exp", instead)
+            return mosaic_gpu.attention_sums(q, k, share=share, interpret=plgpu.InterpretGPUParams(), **call)
+
+    @jax.jit
+    def first_walk(q: Any, k: Any, share: Share) -> Any:
+        def stop(parts: Any, axis: None) -> None:
+            raise _PartsError(parts)
+
+        with pytest.raises(_PartsError) as found:
+            sums(stop, q, k, share)
+        return found.value.args[0]
+
+    @jax.jit
+    def second_walk(q: Any, k: Any, share: Share, parts: Any) -> Any:
+        return sums(lambda _, axis: of_parts(parts, axis), q, k, share)
+
+    shares = [Share(blocks, jnp.int32(rank)) for rank in range(blocks.count)]
+    held = list(zip(jnp.split(blocks.deal(k, 3), blocks.count, 3), shares, strict=True))
+    parts = jnp.concatenate([first_walk(q, k, share) for k, share in held], axis=2)
+    columns, diagonals = zip(*(second_walk(q, k, share, parts) for k, share in held), strict=True)
+    got = blocks.undeal(jnp.concatenate(columns, -1), 2), sum(diagonals)
+    want = reference.attention_sums(q, k, **call)
+    for sums_, right in zip(got, want, strict=True):
+        assert sums_.shape == right.shape
+        sums_, right = np.asarray(sums_)[0, :, : q_start + 75], np.asarray(right)[0, :, : q_start + 75]
+        np.testing.assert_allclose(sums_.sum(-1), 50, rtol=1e-5)
+        assert np.linalg.norm(sums_ - right) < 1e-2 * np.linalg.norm(right)
+    assert not np.asarray(sum(diagonals))[1].any()
+
+
+def test_ranges_of_keys_meet_over_an_axis_as_on_one_device() -> None:
+    """Some devices have no key for a query; no device has one for the last."""
+    rng = np.random.default_rng(0)
+    parts = jnp.asarray(rng.standard_normal((3, 1, 2, 4, 2, 5)) * 20, jnp.float32)
+    parts = parts.at[1].set(-jnp.inf).at[..., -1].set(-jnp.inf)
+    met = jax.vmap(lambda x: mosaic_gpu._log_sum_exp(x, "devices"), axis_name="devices")(parts)
+    want = np.logaddexp2.reduce(np.asarray(parts, np.float64), axis=(0, 3))
+    want[..., -1] = np.inf
+    for rank in range(3):
+        np.testing.assert_allclose(met[rank], want, rtol=1e-5)
+    together = jnp.concatenate(list(parts), axis=2)
+    np.testing.assert_allclose(mosaic_gpu._log_sum_exp(together, None), want, rtol=1e-5)
+
+
 @pytest.fixture
 def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mosaic_gpu, "why_not_hopper", lambda: None)
@@ -68,20 +141,16 @@ def shapes(
     )
 
 
-def trace(arguments: tuple[Any, ...], rotary: Rotary, last_queries: int = 64) -> Any:
-    def call(q: Any, k: Any, layer: Any, start: Any, end: Any, scale: Any) -> Any:
+def trace(
+    arguments: tuple[Any, ...], rotary: Rotary, last_queries: int = 64, blocks: Blocks | None = None
+) -> Any:
+    def call(q: Any, k: Any, layer: Any, start: Any, end: Any, scale: Any, rank: Any) -> Any:
         return mosaic_gpu.attention_sums(
-            q,
-            k,
-            layer=layer,
-            q_start=start,
-            end_B=end,
-            rotary=rotary,
-            scale_B=scale,
-            last_queries=last_queries,
-        )
+            q, k, layer=layer, q_start=start, end_B=end, rotary=rotary, scale_B=scale, last_queries=last_queries,
+            share=Share(blocks, rank) if blocks else None,
+        )  # fmt: skip
 
-    return jax.jit(call).trace(*arguments)
+    return jax.jit(call).trace(*arguments, jax.ShapeDtypeStruct((), jnp.int32))
 
 
 @pytest.mark.usefixtures("on_hopper")
@@ -100,6 +169,18 @@ def test_lowers_for_cuda_without_copying_the_cache(
 
 
 @pytest.mark.usefixtures("on_hopper")
+def test_the_14b_at_a_million_tokens_on_two_devices_lowers_for_cuda_without_copying_the_cache() -> None:
+    capacity = 1_015_808 // 2
+    arguments = shapes(40, 8, 128, capacity, 31_744, jnp.bfloat16)
+    traced = trace(arguments, Rotary(1e7, 128, 1 << 20, dca=QWEN_1M), blocks=Blocks(512, 2))
+    assert [x.shape for x in jax.tree.leaves(traced.out_info)] == [(1, 40, capacity), (1, 40, 2 * capacity)]
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu") >= 2
+    cache = f"tensor<16x{capacity}x128xbf16>"
+    assert sum(f"-> {cache}" in line for line in text.splitlines() if "custom_call" not in line) == 1
+
+
+@pytest.mark.usefixtures("on_hopper")
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -109,6 +190,7 @@ def test_lowers_for_cuda_without_copying_the_cache(
         ({"heads": 9, "head_dim": 128}, "at most 8 query heads"),
         ({"last_queries": 65}, "at most 64 last queries"),
         ({"dca": DualChunk(128, 64)}, "multiple of 128"),
+        ({"blocks": Blocks(64, 2)}, "blocks of whole key tiles of 128, got blocks of 64"),
     ],
 )
 def test_refuses_what_it_cannot_do(change: dict[str, Any], reason: str) -> None:
@@ -119,10 +201,16 @@ def test_refuses_what_it_cannot_do(change: dict[str, Any], reason: str) -> None:
         "capacity": 128,
         "dca": None,
         "last_queries": 64,
+        "blocks": None,
     } | change
     arguments = shapes(call["heads"], 1, call["head_dim"], call["capacity"], 8, call["dtype"])
     with pytest.raises(NotImplementedError, match=reason):
-        trace(arguments, Rotary(1e4, call["head_dim"], 128, dca=call["dca"]), call["last_queries"])
+        trace(
+            arguments,
+            Rotary(1e4, call["head_dim"], 128, dca=call["dca"]),
+            call["last_queries"],
+            call["blocks"],
+        )
 
 
 def test_refuses_on_a_cpu_and_says_so() -> None:

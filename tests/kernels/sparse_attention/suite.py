@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_jax.config import DualChunk
+from qwen_jax.kernels.blocks import Blocks, Share
+from qwen_jax.kernels.merge import merge
 from qwen_jax.kernels.sparse_attention.api import attend_lines
 from qwen_jax.kernels.sparse_attention.bands import tile_distances
 from qwen_jax.kernels.sparse_attention.computed import computed_keys
@@ -61,8 +63,10 @@ class Check:
     def __call__(
         self, start: int, T: int, kv_len: tuple[int, ...], heads: tuple[int, int] = (4, 2), *,
         plain: bool = False, dca: DualChunk | None = None, lines: tuple[np.ndarray, np.ndarray] | None = None,
+        blocks: Blocks | None = None,
     ) -> None:  # fmt: skip
-        """T queries from `start` on; rows of kv_len tokens; `plain` positions or `dca`; random lines or `lines`."""
+        """T queries from `start` on; rows of kv_len tokens; `plain` positions or `dca`; random lines or `lines`; a cache that
+        is dealt to devices in `blocks`, one after another, and their results merged."""
         rng = np.random.default_rng(start)
         dca = None if plain else dca or self.dca
         B, S, H, (N, K) = len(kv_len), self.capacity, self.head_dim, heads
@@ -75,16 +79,31 @@ class Check:
         rotary = Rotary(THETA, H, 4096, dca=dca)
         k_BKSH = jnp.swapaxes(rotary.rotate_keys(k, jnp.arange(S, dtype=jnp.int32)), 1, 2)
         v_BKSH = jnp.swapaxes(v, 1, 2)
-        out, lse = attend(
-            q, *(jnp.stack([jnp.full_like(x, jnp.nan), x]) for x in (k_BKSH, v_BKSH)),
-            columns_BNS=columns, bands_BNM=bands, most_columns=S if lines else self.most, layer=1, q_start=start,
-            kv_len_B=jnp.array(kv_len, jnp.int32), rotary=rotary, scale_B=jnp.full(B, SCALE, jnp.float32),
-            band=self.band, backend=self.backend,
-        )  # fmt: skip
-        assert out.dtype == q.dtype
-        assert lse.dtype == jnp.float32
-        assert jnp.isfinite(out).all()
-        assert not jnp.isnan(lse).any()
+        devices = blocks.count if blocks else 1
+
+        def held(x: jax.Array, axis: int) -> list[jax.Array]:
+            return jnp.split(blocks.deal(x, axis), devices, axis) if blocks else [x]
+
+        arrays = zip(held(k_BKSH, 2), held(v_BKSH, 2), held(jnp.asarray(columns), 2), strict=True)
+        parts = [
+            attend(
+                q, *(jnp.stack([jnp.full_like(x, jnp.nan), x]) for x in (k_BKSH, v_BKSH)),
+                columns_BNS=columns_BNS, bands_BNM=bands, most_columns=S if lines else self.most, layer=1, q_start=start,
+                kv_len_B=jnp.array(kv_len, jnp.int32), rotary=rotary, scale_B=jnp.full(B, SCALE, jnp.float32),
+                band=self.band, backend=self.backend, share=Share(blocks, jnp.int32(rank)) if blocks else None,
+            )
+            for rank, (k_BKSH, v_BKSH, columns_BNS) in enumerate(arrays)
+        ]  # fmt: skip
+        for out, lse in parts:
+            assert out.dtype == q.dtype
+            assert lse.dtype == jnp.float32
+            assert jnp.isfinite(out).all()
+            assert not jnp.isnan(lse).any()
+        out, lse = parts[0]
+        if blocks:
+            outs, lses = (jnp.stack(x) for x in zip(*parts, strict=True))
+            assert not outs[jnp.isneginf(lses)].any()
+            out, lse = merge(outs.astype(jnp.float32), lses, 0)
         for b in range(B):
             i_T = start + np.arange(T)
             real = i_T < kv_len[b]

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax import lax
 
+from qwen_jax.cache import KVCache, write_chunk
 from qwen_jax.config import DualChunk
 from qwen_jax.kernels.attention.api import attend
+from qwen_jax.kernels.blocks import Blocks, Share
 from qwen_jax.kernels.sparse_attention import reference
 from qwen_jax.kernels.sparse_attention.api import attend_lines
-from qwen_jax.kernels.sparse_attention.bands import bands_of
+from qwen_jax.kernels.sparse_attention.bands import bands_of, tile_distances
 from qwen_jax.kernels.sparse_attention.computed import computed_keys, computed_pairs
 from qwen_jax.rope import Rotary
+from scripts import tpu_topology
 from tests.kernels.sparse_attention import suite
 from tests.kernels.sparse_attention.suite import SCALE, THETA, Check
 
@@ -130,3 +136,32 @@ def test_an_unknown_backend_is_refused() -> None:
             most_columns=8, layer=0, q_start=0, kv_len_B=jnp.ones(1, jnp.int32), rotary=Rotary(THETA, H, 64),
             scale_B=jnp.ones(1), backend="none",
         )  # fmt: skip
+
+
+@pytest.mark.skipif(tpu_topology.why_no_compiler() is not None, reason=tpu_topology.why_no_compiler() or "")
+def test_on_a_tpu_a_spread_cache_is_carried_through_the_layers_without_a_copy() -> None:
+    """Over a context axis TPUs take this backend."""
+    L, T, N, S, H, blocks = 6, 4096, 7, 63_488, 128, Blocks(512, 4)
+    rotary, shape = Rotary(1e7, H, 1 << 20, dca=DualChunk(262_144, 8192)), jax.ShapeDtypeStruct
+
+    def layers(q: Any, cache: Any, columns: Any, bands: Any, start: Any, rank: Any) -> Any:
+        def layer(state: tuple[Any, Any], layer: Any) -> tuple[Any, None]:
+            (q, cache), share = state, Share(blocks, rank)
+            k = q[:, : T // blocks.count, :1]
+            cache = write_chunk(cache, k, k, layer=layer, start=start, share=share)
+            out, _ = reference.attend_lines(
+                q, cache.k, cache.v, columns_BNS=columns, bands_BNM=bands, most_columns=4096, layer=layer, q_start=start,
+                kv_len_B=start[None] + T, rotary=rotary, scale_B=jnp.ones(1), share=share,
+            )  # fmt: skip
+            return (out, cache), None
+
+        return lax.scan(layer, (q, cache), jnp.arange(L, dtype=jnp.int32))[0]
+
+    kv, scalar = shape((L, 1, 1, S, H), jnp.bfloat16), shape((), jnp.int32)
+    compiled = tpu_topology.compile_for_one(
+        tpu_topology.SMALLEST["v6e"], layers, shape((1, T, N, H), jnp.bfloat16), KVCache(kv, kv),
+        shape((1, N, S), bool), shape((1, N, tile_distances(blocks.count * S)), bool), scalar, scalar, donate_argnums=1,
+    )  # fmt: skip
+    assert (
+        compiled.memory_analysis().temp_size_in_bytes < L * S * H * 2
+    )  # no copy of the keys, nor of the values
