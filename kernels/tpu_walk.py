@@ -93,22 +93,26 @@ class Copy(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Walk:
-    """One query tile against key tiles 0 .. n - 1.
+    """One query tile against key tiles 0 .. n - 1, each of one kind; kind 0 is what every tile may be taken for.
 
     Attributes:
         shape: static sizes.
         scratch: of this walk.
-        copy: copy(n, keys, destination, semaphore) -> the copy of tile n's keys (or values), not started.
-        score: score(n, i, keys, masked) -> scores [block_compute, rows] of sub-block i of tile n, whose keys are given (a
-            reference); exponents of base 2. Without `masked` every row sees every key.
-        weigh: weigh(n, i, values, p, masked) -> [H, rows], the values of that sub-block weighted by p [block_compute, rows].
+        copy: copy(n, keys, destination, semaphore, kind) -> the copy of tile n's keys (or values), not started; the tile may be
+            of any kind where `kind` is 0.
+        score: score(n, i, keys, kind) -> scores [block_compute, rows] of sub-block i of tile n, whose keys are given (a
+            reference); exponents of base 2. The same scores in the same places, whatever the kind.
+        weigh: weigh(n, i, values, p, kind) -> [H, rows], the values of that sub-block weighted by p, float32[block_compute,
+            rows].
+        kinds: how many there are; a loop body is made for each.
     """
 
     shape: WalkShape
     scratch: Scratch
-    copy: Callable[[jax.Array, bool, Any, Any], Copy]
-    score: Callable[[jax.Array, int, Any, bool], jax.Array]
-    weigh: Callable[[jax.Array, int, Any, jax.Array, bool], jax.Array]
+    copy: Callable[[jax.Array, bool, Any, Any, int], Copy]
+    score: Callable[[jax.Array, int, Any, int], jax.Array]
+    weigh: Callable[[jax.Array, int, Any, jax.Array, int], jax.Array]
+    kinds: int = 1
 
     def reset(self) -> None:
         """An empty softmax. Walks with the same scratch go on from one another's."""
@@ -117,32 +121,42 @@ class Walk:
         s.total[...] = jnp.zeros_like(s.total)
         s.out[...] = jnp.zeros_like(s.out)
 
-    def __call__(self, tiles: jax.Array, plain: Callable[[jax.Array], jax.Array] | None) -> None:
-        """Adds tiles [0, tiles) to the softmax in the scratch; plain(n): is tile n scored without masks? None: all are."""
+    def __call__(self, tiles: jax.Array, kind: Callable[[jax.Array], jax.Array]) -> None:
+        """Adds tiles [0, tiles) to the softmax in the scratch; kind(n): of tile n, int32, of which it may be that there is
+        none."""
 
         @pl.when(tiles > 0)
         def _() -> None:
-            self._keys(jnp.int32(0)).start()
-            self._values(jnp.int32(0)).start()
+            self._keys(jnp.int32(0), 0).start()
+            self._values(jnp.int32(0), 0).start()
 
             @pl.when(tiles > 1)
             def _() -> None:
-                self._keys(jnp.int32(1)).start()
+                self._keys(jnp.int32(1), 0).start()
 
-            self._keys(jnp.int32(0)).wait()
-            masked = plain is not None
+            self._keys(jnp.int32(0), 0).wait()
 
-            def visit(n: jax.Array, peak: jax.Array) -> jax.Array:
-                if plain is None:
-                    return self._visit(tiles, False, n, peak)
+            def visit(n: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> Any:
+                """carry: the maximum of tile n's first scores, the kinds of tiles n and n + 1."""
+                peak, here, coming = carry
+
+                @pl.when(n + 2 < tiles)
+                def _() -> None:
+                    self._keys(n + 2, 0).start()
+
+                def body(k: int, peak: jax.Array) -> tuple[jax.Array, jax.Array]:
+                    return self._visit(n, peak, k), kind(n + 2)  # found beside the vector units' work
+
+                bodies = [functools.partial(body, k) for k in range(self.kinds)]
                 # A visit scores the beginning of the next tile.
-                bodies = (functools.partial(self._visit, tiles, masked, n) for masked in (False, True))
-                return lax.cond(plain(n) & plain(n + 1), *bodies, peak)
+                chosen = jnp.where(here == coming, here, 0)
+                peak, then = lax.switch(chosen, bodies, peak) if self.kinds > 1 else bodies[0](peak)
+                return peak, coming, then
 
-            peak = self._score(jnp.int32(0), 0, masked)
-            peak = lax.fori_loop(0, tiles - 1, visit, peak)
-            self._values(tiles - 1).wait()
-            self._sub_blocks(tiles - 1, peak, masked=masked, last=True)
+            start = self._score(jnp.int32(0), 0, 0), kind(jnp.int32(0)), kind(jnp.int32(1))
+            peak, *_ = lax.fori_loop(0, tiles - 1, visit, start)
+            self._values(tiles - 1, 0).wait()
+            self._sub_blocks(tiles - 1, peak, 0, last=True)
 
     def natural_lse(self) -> jax.Array:
         """float32[1, rows] of the walk that has ended; -inf for a row that saw no key."""
@@ -154,35 +168,30 @@ class Walk:
         total = self.scratch.total[...]
         return (self.scratch.out[...] / jnp.where(total == 0, 1.0, total)).T
 
-    def _visit(self, tiles: jax.Array, masked: bool, n: jax.Array, peak: jax.Array) -> jax.Array:
+    def _visit(self, n: jax.Array, peak: jax.Array, kind: int) -> jax.Array:
         """Tile n, which is not the last. `peak`: the maximum of its first sub-block's scores, [1, rows]; returns the next's."""
-        self._keys(n + 1).wait()
-        self._values(n).wait()
+        self._keys(n + 1, kind).wait()
+        self._values(n, kind).wait()
+        self._values(n + 1, kind).start()
+        return self._sub_blocks(n, peak, kind, last=False)
 
-        @pl.when(n + 2 < tiles)
-        def _() -> None:
-            self._keys(n + 2).start()
-
-        self._values(n + 1).start()
-        return self._sub_blocks(n, peak, masked=masked, last=False)
-
-    def _sub_blocks(self, n: jax.Array, peak: jax.Array, *, masked: bool, last: bool) -> jax.Array:
+    def _sub_blocks(self, n: jax.Array, peak: jax.Array, kind: int, *, last: bool) -> jax.Array:
         for i in range(self.shape.subs):
             if i + 1 < self.shape.subs:
-                coming = self._score(n, i + 1, masked)
+                coming = self._score(n, i + 1, kind)
             elif not last:
-                coming = self._score(n + 1, 0, masked)
-            self._add(n, i, peak, masked)
+                coming = self._score(n + 1, 0, kind)
+            self._add(n, i, peak, kind)
             peak = coming
         return peak
 
-    def _score(self, n: jax.Array, i: int, masked: bool) -> jax.Array:
+    def _score(self, n: jax.Array, i: int, kind: int) -> jax.Array:
         """Scores of sub-block i of tile n into its buffer; returns their maximum by row, [1, rows]."""
-        s_SR = self.score(n, i, self.scratch.k.at[lax.rem(n, KEY_SLOTS)], masked)
+        s_SR = self.score(n, i, self.scratch.k.at[lax.rem(n, KEY_SLOTS)], kind)
         self._buffer(i)[...] = s_SR
         return s_SR.max(axis=0, keepdims=True)
 
-    def _add(self, n: jax.Array, i: int, peak: jax.Array, masked: bool) -> None:
+    def _add(self, n: jax.Array, i: int, peak: jax.Array, kind: int) -> None:
         """Sub-block i of tile n, whose scores have this maximum, into the running softmax."""
         s = self.scratch
         old = s.peak[...]
@@ -191,19 +200,19 @@ class Walk:
         p_SR = jnp.exp2(self._buffer(i)[...] - new)
         s.peak[...] = new
         s.total[...] = s.total[...] * shrink + p_SR.sum(axis=0, keepdims=True)
-        weighed = self.weigh(n, i, s.v.at[lax.rem(n, _VALUE_SLOTS)], p_SR.astype(s.v.dtype), masked)
+        weighed = self.weigh(n, i, s.v.at[lax.rem(n, _VALUE_SLOTS)], p_SR, kind)
         s.out[...] = s.out[...] * shrink + weighed
 
     def _buffer(self, i: int) -> Any:
         return self.scratch.scores_1 if i % 2 else self.scratch.scores_0
 
-    def _keys(self, n: jax.Array) -> Copy:
+    def _keys(self, n: jax.Array, kind: int) -> Copy:
         slot = lax.rem(n, KEY_SLOTS)
-        return self.copy(n, True, self.scratch.k.at[slot], self.scratch.k_arrived.at[slot])
+        return self.copy(n, True, self.scratch.k.at[slot], self.scratch.k_arrived.at[slot], kind)
 
-    def _values(self, n: jax.Array) -> Copy:
+    def _values(self, n: jax.Array, kind: int) -> Copy:
         slot = lax.rem(n, _VALUE_SLOTS)
-        return self.copy(n, False, self.scratch.v.at[slot], self.scratch.v_arrived.at[slot])
+        return self.copy(n, False, self.scratch.v.at[slot], self.scratch.v_arrived.at[slot], kind)
 
 
 def product(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:

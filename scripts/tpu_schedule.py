@@ -28,7 +28,6 @@ from qwen_jax.kernels.sparse_attention.mosaic_tpu import tiling_for as sparse_ti
 from qwen_jax.kernels.sparse_attention.tpu import Problem as SparseProblem
 from qwen_jax.kernels.sparse_attention.tpu import Tiling as SparseTiling
 from qwen_jax.kernels.sparse_attention.tpu import sparse_prefill
-from qwen_jax.kernels.sparse_attention.tpu_plan import FIELDS
 from qwen_jax.kernels.tpu import as_it_lies
 from scripts import tpu_topology
 
@@ -64,12 +63,14 @@ class Schedule:
         return region.slots[slot] / (self.capacity[slot] * region.bundles)
 
     def bodies(self, exponentials: int) -> list[Region]:
-        """Loop bodies that make at least so many vectors of exponentials, but not twice, smallest first; one of each kind."""
-        kinds: dict[tuple[int, int], Region] = {}
-        for region in sorted(self.regions, key=lambda r: r.bundles):
-            if exponentials <= region.slots["EUP"] < 1.9 * exponentials:
-                kinds.setdefault((region.slots["EUP"], region.slots["VALU"]), region)
-        return sorted(kinds.values(), key=lambda r: r.bundles)
+        """Innermost regions that make at least so many vectors of exponentials, but not twice, in the program's order."""
+        found = [r for r in self.regions if exponentials <= r.slots["EUP"] < 1.9 * exponentials]
+        inner = [
+            r
+            for r in found
+            if not any(r.first <= x.first and x.last <= r.last for x in found if x.bundles < r.bundles)
+        ]
+        return sorted({r.first: r for r in inner}.values(), key=lambda r: r.first)
 
 
 def dump_schedules() -> None:
@@ -153,7 +154,9 @@ def sparse_schedule(generation: str, tiling: SparseTiling) -> Schedule:
     rows = tiling.tiles * BAND
     problem = SparseProblem(3, 1, N, K, -(-T // rows), S, H, P)
     shape, blocks = jax.ShapeDtypeStruct, problem.blocks
-    integers = [shape(size, jnp.int32) for size in ((4,), (1,), (N * blocks * FIELDS,), (N, 1, S // BAND))]
+    integers = [
+        shape(size, jnp.int32) for size in ((4,), (1,), (N * blocks * tiling.fields,), (N, 1, S // BAND))
+    ]
     arrays = [(3, 1, N, blocks * rows, H), *[(1, 1, K, S, H)] * 2, *[(N, P, H)] * 2]
     return schedule_of(
         "sparse_prefill_attention", tpu_topology.SMALLEST[generation], sparse_prefill(problem, tiling, jnp.bfloat16),
@@ -178,7 +181,7 @@ def splash_schedule(generation: str) -> Schedule:
 
 
 def rows(title: str, schedule: Schedule, tiles: float, kinds: tuple[str, ...]) -> Iterator[str]:
-    """Rows of the table, one for every kind of loop body, cheapest first; a body makes `tiles` tiles of 1024 x 1024 scores."""
+    """Rows of the table, one for every kind of loop body, in order; a body makes `tiles` tiles of 1024 x 1024 scores."""
     bodies = schedule.bodies(int(tiles * _TILE / 1024))[: len(kinds)]
     rest = schedule.whole.bundles - sum(body.bundles for body in bodies)
     for kind, body in zip(kinds, bodies, strict=True):
@@ -219,7 +222,9 @@ def _kernels(generation: str) -> Iterator[tuple[str, Schedule, float, tuple[str,
     sparse = sparse_tiling_for(generation, 128)
     sizes = f"{sparse.tiles} x {sparse.distances} tiles"
     tiles = sparse.tiles * sparse.distances * BAND**2 / _TILE
-    yield f"sparse, {sizes}", sparse_schedule(generation, sparse), tiles, ("columns", "bands", "masked bands")
+    # The compiler lays the kinds of a walk's steps out from the last to the first.
+    runs = (f"bands, runs of {run}" for run in reversed(sparse.runs))
+    yield f"sparse, {sizes}", sparse_schedule(generation, sparse), tiles, (*runs, "bands, masked", "columns")
 
 
 if __name__ == "__main__":

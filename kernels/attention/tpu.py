@@ -79,6 +79,7 @@ def prefill(
     across = flat(H)
     keys_axis, head_axis = (1, 0) if across else (0, 1)  # of a tile
     shape = WalkShape(R, block_kv, width, H, block_kv, across)
+    whole_kind = 1  # of key tiles that all rows see whole; those of kind 0 are masked
 
     def part(keys: Any) -> tuple[Any, ...]:
         """These keys of a tile, or of a head in the cache."""
@@ -99,7 +100,7 @@ def prefill(
             # The last tile may overhang the cache: it is copied from further left.
             return pl.multiple_of(jnp.minimum(n * block_kv, S - block_kv), alignment(H))
 
-        def copy(n: jax.Array, keys: bool, destination: Any, semaphore: Any) -> Any:
+        def copy(n: jax.Array, keys: bool, destination: Any, semaphore: Any, _: int) -> Any:
             source = (k_ref if keys else v_ref).at[(*at, *part(pl.ds(start(n), block_kv)))]
             return pltpu.make_async_copy(source, destination, semaphore)
 
@@ -108,9 +109,9 @@ def prefill(
                 return q_ref[0, 0, 0]
             return q_ref[jnp.where(n < succ, 0, jnp.where(n < intra, 1, 2)), 0, 0]
 
-        def score(n: jax.Array, i: int, keys: Any, masked: bool) -> jax.Array:
+        def score(n: jax.Array, i: int, keys: Any, kind: int) -> jax.Array:
             s_SR = product(keys[part(pl.ds(i * width, width))], queries(n), head_axis, 1)
-            if not masked:
+            if kind == whole_kind:
                 return s_SR
             slot = lax.broadcasted_iota(jnp.int32, (width, R), 0) + (start(n) + i * width)
             seen = positions(slot, problem.blocks, rank) <= last_seen
@@ -118,14 +119,14 @@ def prefill(
                 seen &= slot >= n * block_kv
             return jnp.where(seen, s_SR, MASKED)
 
-        def weigh(_: jax.Array, i: int, values: Any, p_SR: jax.Array, __: bool) -> jax.Array:
-            return product(values[part(pl.ds(i * width, width))], p_SR, keys_axis, 0)
+        def weigh(_: jax.Array, i: int, values: Any, p_SR: jax.Array, __: int) -> jax.Array:
+            return product(values[part(pl.ds(i * width, width))], p_SR.astype(dtype), keys_axis, 0)
 
-        walk = Walk(shape, Scratch(*scratch), copy, score, weigh)
+        walk = Walk(shape, Scratch(*scratch), copy, score, weigh, kinds=1 + whole_kind)
         walk.reset()
         at_walk = 2 * (b * problem.tiles + t)
         whole = walks_ref[at_walk + 1]
-        walk(walks_ref[at_walk], lambda n: n < whole)
+        walk(walks_ref[at_walk], lambda n: (n < whole).astype(jnp.int32))
         out_ref[0, 0] = walk.normalised().astype(dtype)
         lse_ref[0, 0] = walk.natural_lse()
 

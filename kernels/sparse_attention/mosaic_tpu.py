@@ -57,8 +57,8 @@ def attend_lines(
         raise NotImplementedError(f"needs bands of {BAND}, got {band}")
     if rotary.chunk_len and rotary.chunk_len % BAND:
         raise NotImplementedError(f"chunk length {rotary.chunk_len} is not a multiple of the band, {BAND}")
-    if capacity < tiling.reach:
-        raise NotImplementedError(f"needs a cache of at least {tiling.reach} positions, got {capacity}")
+    if capacity < (reach := tiling.reach(tiling.runs[0])):
+        raise NotImplementedError(f"needs a cache of at least {reach} positions, got {capacity}")
     (B, T, N, H), (K, S) = q_BTNH.shape, k_LBKSH.shape[2:4]
     layer, q_start, kv_len_B = (jnp.asarray(x, jnp.int32) for x in (layer, q_start, kv_len_B))
     end_B = jnp.minimum(kv_len_B, q_start + T)
@@ -73,7 +73,7 @@ def attend_lines(
     stage_starts = rotary.stage_starts(q_start)
     walk = plan(
         columns_BNS, bands_BNM, most_columns=most_columns, q_start=q_start, blocks=blocks, tiles=tiling.tiles,
-        kv_len_B=end_B, stage_starts=stage_starts, dca=dca, align=tiling.columns,
+        runs=tiling.runs, kv_len_B=end_B, stage_starts=stage_starts, dca=dca, align=tiling.columns,
     )  # fmt: skip
     pair = jnp.repeat(jnp.arange(B), N)[:, None], jnp.tile(jnp.arange(N) // (N // K), B)[:, None]
     slots = column_slots(most_columns, dca, tiling.columns)

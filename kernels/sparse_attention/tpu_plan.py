@@ -6,21 +6,22 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from qwen_jax.kernels.sparse_attention.bands import BAND, tile_distances
 from qwen_jax.kernels.sparse_attention.lists import ON_TPU, lists_of
 from qwen_jax.kernels.tpu import LANES
-
-FIELDS = 5  # int32 a query block, see `Plan.counts`
 
 
 class Plan(NamedTuple):
     """Lists of one piece: X = batch * heads, C = query blocks of the piece, M = tile distances, P = column slots.
 
     Attributes:
-        counts: int32[X * C * 5], of every query block: bands that any of its query tiles has keys in, bands that all have,
-            tiles of columns to walk, and the ends of those of the stages INTER and SUCC.
-        near: int32[X, 1, M], the tile distances in a head's bands, ascending from 0; then anything.
+        counts: int32[X * C * (2 len(runs) + 3)], of every query block: how many runs of each length have keys that any of its
+            query tiles sees; where the lists of these lengths begin in `near`; tiles of columns to walk, and the ends of those
+            of the stages INTER and SUCC.
+        near: int32[X, 1, M], a head's bands as runs of adjacent tile distances: the first distance of every run, one list for
+            each length, ascending; distance 0 is a run of its own. Then anything.
         position: int32[X, P], the key position of every column slot; any for a slot without a column.
         left_out: int8[X, P, query tiles rounded up to lanes], 1 where a slot has no column that counts for a query tile: the
             column lies at or behind the query tile, or in one of its bands.
@@ -40,6 +41,7 @@ def plan(
     q_start: jax.Array,
     blocks: int,
     tiles: int,
+    runs: tuple[int, ...],
     kv_len_B: jax.Array,
     stage_starts: tuple[jax.Array, jax.Array],
     dca: bool,
@@ -49,6 +51,7 @@ def plan(
 
     Args:
         columns_BNS, bands_BNM, most_columns, q_start, kv_len_B: as in `api.attend_lines`.
+        runs: lengths of runs, longest first, 1 last.
         stage_starts: positions of the first SUCC and the first INTRA key, multiples of BAND.
         dca: whether there are stages.
         align: column slots a tile.
@@ -64,10 +67,12 @@ def plan(
     )  # fmt: skip
     real_XC = jnp.repeat(first_C * BAND < kv_len_B[:, None], N, axis=0)
     own_XC = -((lists.older[:, None] - lists.before[:, last_C]) // align)
+    near_XM, nearer_RXM = _runs(lists.in_band, runs)
+    begins_RX = jnp.cumsum(nearer_RXM[..., M], axis=0) - nearer_RXM[..., M]
     counts_XCF = jnp.stack(
         [
-            jnp.where(real_XC, lists.nearer[:, 0, last_C + 1], 0),
-            lists.nearer[:, 0, jnp.minimum(first_C, M - 1) + 1],
+            *jnp.where(real_XC, nearer_RXM[..., last_C + 1], 0),
+            *jnp.broadcast_to(begins_RX[..., None], (len(runs), X, blocks)),
             jnp.where(real_XC, lists.succ_end[:, None] + own_XC, 0),
             *(jnp.broadcast_to(end[:, None], (X, blocks)) for end in (lists.inter_end, lists.succ_end)),
         ],
@@ -80,7 +85,36 @@ def plan(
         first_tile,
         -(-blocks * tiles // LANES) * LANES,
     )
-    return Plan(counts_XCF.reshape(-1), lists.near, lists.position, left_out_XPQ)
+    return Plan(counts_XCF.reshape(-1), near_XM[:, None], lists.position, left_out_XPQ)
+
+
+def _runs(in_band_XM: jax.Array, runs: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """(`Plan.near` as int32[X, M], how many runs of each length begin nearer than a distance, int32[runs, X, M + 1]).
+
+    Adjacent bands are cut from the nearest on, into as many of the longest as there is room for, then of the next.
+    """
+    X, M = in_band_XM.shape
+    distance_M = jnp.arange(M, dtype=jnp.int32)
+    goes_on_XM = jnp.pad(in_band_XM[:, 1:-1] & in_band_XM[:, 2:], ((0, 0), (2, 0)))  # 0 stands alone
+    first_XM = lax.cummax(jnp.where(goes_on_XM, 0, distance_M), axis=1)
+    ends_XM = jnp.pad(~goes_on_XM[:, 1:], ((0, 0), (0, 1)), constant_values=True)
+    end_XM = lax.cummin(jnp.where(ends_XM, distance_M + 1, M), axis=1, reverse=True)
+    before_XM, length_XM = distance_M - first_XM, end_XM - first_XM
+    begin_RXM, cut_XM = [], jnp.zeros_like(length_XM)  # bands of a stretch in longer runs
+    for run in runs:
+        here_XM = (length_XM - cut_XM) // run * run
+        inside_XM = (before_XM >= cut_XM) & (before_XM < cut_XM + here_XM)
+        begin_RXM.append(in_band_XM & inside_XM & ((before_XM - cut_XM) % run == 0))
+        cut_XM += here_XM
+    begin_XRM = jnp.stack(begin_RXM, axis=1)
+    rank_XRM = jnp.cumsum(begin_XRM.reshape(X, -1), axis=1, dtype=jnp.int32).reshape(begin_XRM.shape) - 1
+    slot_XM = jnp.where(begin_XRM, rank_XRM, M).min(axis=1)
+    rows_X, distance_XM = jnp.arange(X, dtype=jnp.int32)[:, None], jnp.broadcast_to(distance_M, (X, M))
+    near_XM = (
+        jnp.zeros((X, M), jnp.int32).at[rows_X, slot_XM].set(distance_XM, mode="drop", unique_indices=True)
+    )
+    nearer_RXM = jnp.cumsum(jnp.stack(begin_RXM), axis=2, dtype=jnp.int32)
+    return near_XM, jnp.pad(nearer_RXM, ((0, 0), (0, 0), (1, 0)))
 
 
 def _left_out(
