@@ -35,7 +35,8 @@ def cost(schedule: tpu_schedule.Schedule, tiling: Tiling) -> float:
     Raises:
         ValueError: the schedule has no two loop bodies of this size.
     """
-    plain, masked = (body.bundles for body in schedule.bodies(tiling.block_q * tiling.block_kv // 1024)[:2])
+    bodies = schedule.bodies(tiling.block_q * tiling.block_kv // 1024)
+    plain, masked = sorted(body.bundles for body in bodies)[:2]
     rest = schedule.whole.bundles - plain - masked
     total = 0
     for first in range(KEYS, KEYS + CHUNK, tiling.block_q):

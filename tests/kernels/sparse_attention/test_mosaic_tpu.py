@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -29,26 +29,26 @@ check = Check(
     "mosaic_tpu", BAND, S, 128, DualChunk(4 * BAND, BAND), dtype=jnp.bfloat16, tolerance=3e-2, most=300
 )
 
-# Scores of 128 channels are larger than of 64, and so are the errors of their exponentials, in XLA as well.
+# Of the larger calls some of 100,000 outputs pass 3e-2, XLA's too: bfloat16 weights, scores of 128 channels.
 rough_check = dataclasses.replace(check, tolerance=6e-2)
 
 
-def use(tiling: Tiling, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter, with these sizes; whatever reads memory that nobody wrote gets NaN."""
-    run = functools.partial(mosaic_tpu.attend_lines, interpret=INTERPRETER, tiling=tiling)
-    monkeypatch.setitem(api.BACKENDS, "mosaic_tpu", run)
-    jax.clear_caches()
+@pytest.fixture
+def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Tiling], None]]:
+    """Sets the interpreter, with some sizes; whatever reads memory that nobody wrote gets NaN, and races are errors."""
 
+    def sizes(tiling: Tiling) -> None:
+        run = functools.partial(mosaic_tpu.attend_lines, interpret=INTERPRETER, tiling=tiling)
+        monkeypatch.setitem(api.BACKENDS, "mosaic_tpu", run)
+        jax.clear_caches()
 
-@pytest.fixture(autouse=True)
-def no_races() -> Iterator[None]:
-    yield
+    yield sizes
     assert not races_found()
 
 
-def test_every_stage_of_a_ragged_piece_in_the_third_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_stage_of_a_ragged_piece_in_the_third_chunk(use: Callable[[Tiling], None]) -> None:
     """The other row has ended, and is finite."""
-    use(Tiling(2, 2, (2, 1)), monkeypatch)
+    use(Tiling(2, 2, (2, 1)))
     start = 6 * BAND
     check(start, 200, (start + 190, start + 3), (1, 1))
 
@@ -57,10 +57,10 @@ def test_every_stage_of_a_ragged_piece_in_the_third_chunk(monkeypatch: pytest.Mo
     ("wide", "dca"), [(False, None), (True, None), (True, DualChunk(16 * BAND, 2 * BAND))]
 )
 def test_two_whole_steps_of_every_length_of_run(
-    wide: bool, dca: DualChunk | None, monkeypatch: pytest.MonkeyPatch
+    wide: bool, dca: DualChunk | None, use: Callable[[Tiling], None]
 ) -> None:
     """Of a piece that starts in a tile; with stages, some runs lie across where they meet."""
-    use(Tiling(4, 4, (4, 2, 1), wide), monkeypatch)
+    use(Tiling(4, 4, (4, 2, 1), wide))
     sized = dataclasses.replace(rough_check, capacity=30 * BAND)
     columns, bands = sized.no_lines(1, 2)
     columns[..., np.random.default_rng(0).choice(29 * BAND, 300, replace=False)] = True
@@ -70,9 +70,9 @@ def test_two_whole_steps_of_every_length_of_run(
     sized(start, 700, (start + 650,), (2, 1), plain=not dca, dca=dca, lines=(columns, bands))
 
 
-def test_runs_that_reach_before_the_first_key_and_behind_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_that_reach_before_the_first_key_and_behind_the_cache(use: Callable[[Tiling], None]) -> None:
     """The last query block overhangs the cache; of each run some query tiles see all, some part, some nothing."""
-    use(Tiling(4, 4, (4, 2, 1), wide=True), monkeypatch)
+    use(Tiling(4, 4, (4, 2, 1), wide=True))
     sized = dataclasses.replace(rough_check, capacity=9 * BAND)
     columns, bands = sized.no_lines(1, 1)
     bands[..., [1, 2, 3, 4, 6, 7]] = True
