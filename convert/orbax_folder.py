@@ -131,18 +131,25 @@ class OrbaxFolder(TensorSource):
             first, last = start // per_piece, -(-stop // per_piece)
             cover[axis : axis + 1] = [(first, last), (0, per_piece)]
             trim[axis] = slice(start - first * per_piece, stop - first * per_piece)
+        shape = tuple(last - first for first, last in cover)
+        merged = _merged(shape, axis)
+        # Straight to where it is wanted, if that is all of what is read: a copy, and touching new memory, cost as much again.
+        into = out if out is not None and out.shape == merged else None
+        array = np.empty(shape, self.dtype) if into is None else into.reshape(shape)
         try:
             leaf = _open_leaf(self._kvstore, name, self._context)
-            array = leaf[tuple(slice(*bounds) for bounds in cover)].read(order="C").result()
+            span = leaf[tuple(slice(*bounds) for bounds in cover)]
+            _tensorstore().array(array).write(span[_tensorstore().d[:].translate_to[0]]).result()
         except (ValueError, OSError) as error:
             raise CheckpointError(
                 f"{self.folder / PARAMS}: {name} is damaged: {_first_line(error)}"
             ) from None
         self.bytes_read += array.nbytes
-        array = array.reshape(_merged(array.shape, axis))[tuple(trim)]
+        array = array.reshape(merged)[tuple(trim)]
         if out is None:
             return array
-        np.copyto(out, array)
+        if into is None:
+            np.copyto(out, array)
         return out
 
 
