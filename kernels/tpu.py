@@ -17,6 +17,7 @@ NOTHING_YET = (
 )  # running maximum before any key: above MASKED, so that a masked key weighs exp2(-5e29) = 0
 LANES = 128  # a row of a vector register, and the tile width of an array in memory
 SUBLANES_BF16 = 16  # rows of a bfloat16 tile
+SUBLANES_INT8 = 32  # rows of a tile of bytes
 
 _GENERATIONS = {
     "TPU v5 lite": "v5e",

@@ -28,7 +28,7 @@ from qwen_jax.kernels.sparse_attention.mosaic_tpu import tiling_for as sparse_ti
 from qwen_jax.kernels.sparse_attention.tpu import Problem as SparseProblem
 from qwen_jax.kernels.sparse_attention.tpu import Tiling as SparseTiling
 from qwen_jax.kernels.sparse_attention.tpu import sparse_prefill
-from qwen_jax.kernels.tpu import as_it_lies
+from qwen_jax.kernels.tpu import as_it_lies, flat
 from scripts import tpu_topology
 
 _TILE = 1024 * 1024  # scores of the tile that figures are given for
@@ -148,19 +148,22 @@ def prefill_schedule(generation: str, tiling: Tiling, head_dim: int = 128) -> Sc
     )
 
 
-def sparse_schedule(generation: str, tiling: SparseTiling) -> Schedule:
+def sparse_schedule(generation: str, tiling: SparseTiling, head_dim: int = 128) -> Schedule:
     """Of the sparse prefill kernel with dual chunk attention, 7B's heads, a chunk of 31,744 tokens, a million keys."""
-    T, N, K, S, H, P = 31_744, 28, 4, 1_010_176, 128, 8192
+    T, N, K, S, H, P = 31_744, 28, 4, 1_010_176, head_dim, 8192
     rows = tiling.tiles * BAND
     problem = SparseProblem(3, 1, N, K, -(-T // rows), S, H, P)
     shape, blocks = jax.ShapeDtypeStruct, problem.blocks
     integers = [
         shape(size, jnp.int32) for size in ((4,), (1,), (N * blocks * tiling.fields,), (N, 1, S // BAND))
     ]
-    arrays = [(3, 1, N, blocks * rows, H), *[(1, 1, K, S, H)] * 2, *[(N, P, H)] * 2]
+    cache, columns, marks = (1, 1, K, S, H), (N, P, H), (N, P, 256)
+    if flat(H):
+        cache, columns, marks = ((*size[:-2], size[-1], size[-2]) for size in (cache, columns, marks))
+    arrays = [(3, 1, N, blocks * rows, H), cache, cache, columns, columns]
     return schedule_of(
         "sparse_prefill_attention", tpu_topology.SMALLEST[generation], sparse_prefill(problem, tiling, jnp.bfloat16),
-        *integers, *(shape(size, jnp.bfloat16) for size in arrays), shape((N, P, 256), jnp.int8),
+        *integers, *(shape(size, jnp.bfloat16) for size in arrays), shape(marks, jnp.int8),
     )  # fmt: skip
 
 
@@ -219,12 +222,17 @@ def _kernels(generation: str) -> Iterator[tuple[str, Schedule, float, tuple[str,
             tiling.block_q * tiling.block_kv / _TILE,
             ("plain", "masked"),
         )
-    sparse = sparse_tiling_for(generation, 128)
-    sizes = f"{sparse.tiles} x {sparse.distances} tiles"
-    tiles = sparse.tiles * sparse.distances * BAND**2 / _TILE
-    # The compiler lays the kinds of a walk's steps out from the last to the first.
-    runs = (f"bands, runs of {run}" for run in reversed(sparse.runs))
-    yield f"sparse, {sizes}", sparse_schedule(generation, sparse), tiles, (*runs, "bands, masked", "columns")
+    for head_dim in (128, 64):
+        sparse = sparse_tiling_for(generation, head_dim)
+        tiles = sparse.tiles * sparse.distances * BAND**2 / _TILE
+        # The compiler lays the kinds of a walk's steps out from the last to the first.
+        runs = (f"bands, runs of {run}" for run in reversed(sparse.runs))
+        yield (
+            f"sparse, head {head_dim}, {sparse.tiles} x {sparse.distances} tiles",
+            sparse_schedule(generation, sparse, head_dim),
+            tiles,
+            (*runs, "bands, masked", "columns"),
+        )
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ from qwen_jax.kernels.attention import mosaic_tpu as dense
 from qwen_jax.kernels.sparse_attention.bands import BAND
 from qwen_jax.kernels.sparse_attention.lists import column_slots
 from qwen_jax.kernels.sparse_attention.tpu import Problem, Tiling, sparse_prefill
+from qwen_jax.kernels.sparse_attention.tpu_columns import compact
 from qwen_jax.kernels.sparse_attention.tpu_plan import plan
-from qwen_jax.kernels.tpu import LANES, LOG2E, flat, generation, target, why_not_tpu
+from qwen_jax.kernels.tpu import LANES, LOG2E, as_it_lies, flat, generation, target, why_not_tpu
 from qwen_jax.rope import Rotary
 
 _WIDE = {"v6e", "tpu7x"}  # their matrix units are 256 wide
@@ -47,9 +48,7 @@ def attend_lines(
     """
     if not interpret and (reason := why_not_tpu()):
         raise NotImplementedError(reason)
-    head_dim, capacity = k_LBKSH.shape[4], k_LBKSH.shape[3]
-    if not interpret and flat(head_dim):
-        raise NotImplementedError(f"a head of {head_dim} lies along lanes: the whole cache would be copied")
+    capacity, head_dim = k_LBKSH.shape[3:]
     tiling = tiling or tiling_for(generation(target()), head_dim)
     if reason := dense.refusal(q_BTNH, k_LBKSH, v_LBKSH):
         raise NotImplementedError(reason)
@@ -75,19 +74,26 @@ def attend_lines(
         columns_BNS, bands_BNM, most_columns=most_columns, q_start=q_start, blocks=blocks, tiles=tiling.tiles,
         runs=tiling.runs, kv_len_B=end_B, stage_starts=stage_starts, dca=dca, align=tiling.columns,
     )  # fmt: skip
-    pair = jnp.repeat(jnp.arange(B), N)[:, None], jnp.tile(jnp.arange(N) // (N // K), B)[:, None]
     slots = column_slots(most_columns, dca, tiling.columns)
     problem = Problem(len(rotary.stages), B, N, K, blocks, S, H, slots)
+    k, v = as_it_lies(k_LBKSH), as_it_lies(v_LBKSH)
+    if flat(H):
+        columns = compact(B, N, slots, tiling.columns, interpret)(
+            layer[None], walk.column_tiles, walk.position[:, None], k, v
+        )
+    else:
+        pair = jnp.repeat(jnp.arange(B), N)[:, None], jnp.tile(jnp.arange(N) // (N // K), B)[:, None]
+        columns = k[layer, *pair, walk.position], v[layer, *pair, walk.position]
     out_BNTH, lse_BN1T = sparse_prefill(problem, tiling, q_BTNH.dtype, interpret)(
         jnp.stack([layer, *(x // BAND for x in (q_start, *stage_starts))]),
         end_B,
         walk.counts,
         walk.near,
         jnp.swapaxes(q_PBTNH, 2, 3),
-        k_LBKSH,
-        v_LBKSH,
-        *(x[layer, *pair, walk.position] for x in (k_LBKSH, v_LBKSH)),
-        walk.left_out,
+        k,
+        v,
+        *columns,
+        jnp.swapaxes(walk.left_out, 1, 2) if flat(H) else walk.left_out,
     )
     found = jnp.swapaxes(out_BNTH, 1, 2), jnp.swapaxes(lse_BN1T[:, :, 0], 1, 2)
     out, lse = (lax.dynamic_slice_in_dim(x, into, T, 1) for x in found)

@@ -26,7 +26,7 @@ from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
 from qwen_jax.kernels.sparse_attention.bands import BAND
-from qwen_jax.kernels.tpu import LANES, MASKED, SUBLANES_BF16
+from qwen_jax.kernels.tpu import LANES, MASKED, SUBLANES_INT8, alignment, flat
 from qwen_jax.kernels.tpu_walk import KEY_SLOTS, Copy, Scratch, Walk, WalkShape, product
 
 _VMEM_LIMIT = 64 * 2**20
@@ -40,7 +40,8 @@ class Tiling:
         tiles: query tiles of BAND rows a block; even.
         distances: tile distances, and tiles of BAND columns, a step; even.
         runs: lengths of runs of adjacent distances, divisors of `distances`, powers of two, longest first, 1 last.
-        wide: whether the matrix unit is twice as wide as a head: it takes two query tiles at once, and leaves out columns.
+        wide: whether products take two query tiles at once, and the matrix unit leaves out columns (where keys lie along lanes
+            it does so anyway): for matrix units twice as wide as a head of 128.
     """
 
     tiles: int = 8
@@ -140,15 +141,31 @@ def sparse_prefill(
     where: int32[4], (layer, the piece's first query tile, first key tiles of SUCC and of INTRA). kv_len: int32[B]. counts,
     near, left_out: as in `tpu_plan.Plan`, with tiles of `tiling.columns` slots. q: [versions, B, N, R rows, H], versions in
     key order, scaled so that q . k is a base-2 exponent; out: the same without versions. k, v: [L, B, K, S, H]. k_columns,
-    v_columns: [X, P, H]. lse: [B, N, 1, R], natural.
+    v_columns: [X, P, H]. Where keys lie along lanes (`tpu.flat`): k, v [L, B, K, H, S], columns [X, H, P], left_out
+    [X, query tiles, P]. lse: [B, N, 1, R], natural.
     """
     B, N, H, S = problem.batch, problem.heads, problem.head_dim, problem.capacity
     tiles, E = tiling.tiles, tiling.distances
     R, each = tiles * BAND, E // 2  # distances a sub-block
     runs = tiling.runs
     together = 2 if tiling.wide else 1  # query tiles in one product
-    shape = WalkShape(R, tiling.columns, each * BAND, H, max(E // run * tiling.reach(run) for run in runs))
+    across = flat(H)
+    keys_axis, head_axis = (1, 0) if across else (0, 1)  # of a tile
+    shape = WalkShape(
+        R, tiling.columns, each * BAND, H, max(E // run * tiling.reach(run) for run in runs), across
+    )
     distances = -(-S // BAND)
+    # The matrix unit leaves out columns where it has room beside a head; marks come for so many query tiles at once.
+    by_product = tiling.wide or across
+    marked = SUBLANES_INT8 if across else LANES
+
+    def part(keys: Any) -> tuple[Any, ...]:
+        """These keys of a tile, or of a head in the cache."""
+        return (slice(None), keys) if across else (keys, slice(None))
+
+    def values_first(values: jax.Array) -> jax.Array:
+        """Values as [H, keys]."""
+        return values if across else values.T
 
     def kernel(
         where_ref: Any, kv_len_ref: Any, counts_ref: Any, near_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any,
@@ -210,14 +227,14 @@ def sparse_prefill(
 
         def begin(tile: jax.Array, rows: Any) -> jax.Array:
             """Where to copy so many keys from, that start with this key tile; they may overhang the cache at either end."""
-            return pl.multiple_of(jnp.clip(tile * BAND, 0, S - rows), SUBLANES_BF16)
+            return pl.multiple_of(jnp.clip(tile * BAND, 0, S - rows), alignment(H))
 
         def copy_bands(n: jax.Array, keys: bool, to: Any, semaphore: Any, kind: int) -> Copy:
             source = (k_ref if keys else v_ref).at[at]
 
             def copy(row: jax.Array | int, to_row: int, rows: int) -> Any:
                 return pltpu.make_async_copy(
-                    source.at[pl.ds(row, rows)], to.at[pl.ds(to_row, rows)], semaphore
+                    source.at[part(pl.ds(row, rows))], to.at[part(pl.ds(to_row, rows))], semaphore
                 )
 
             def copies(r: int) -> Copy:
@@ -227,7 +244,7 @@ def sparse_prefill(
                     tiles = [first - nearest(n, r, u) - (run - 1) for u in range(E // run)]
                     return [copy(begin(tile, rows), u * rows, rows) for u, tile in enumerate(tiles)]
 
-                whole = to.at[pl.ds(0, E // run * rows)]  # a cache may have fewer
+                whole = to.at[part(pl.ds(0, E // run * rows))]  # a cache may have fewer
                 return _Copies(parts, lambda: pltpu.make_async_copy(whole, whole, semaphore))
 
             if kind:
@@ -256,7 +273,7 @@ def sparse_prefill(
             return sorted({x + (place - x) % run for x in range(a, a + together)})
 
         def rows_of(run: int, u: int, m: int) -> Any:
-            return pl.ds(u * tiling.reach(run) + m * BAND, BAND)
+            return part(pl.ds(u * tiling.reach(run) + m * BAND, BAND))
 
         def diagonal(blocks: list[jax.Array]) -> jax.Array:
             """The matrix with these blocks along its diagonal, else 0."""
@@ -283,15 +300,13 @@ def sparse_prefill(
                         slot for slot in slots if slot not in scores and len(seen(run, slot[1], a)) == count
                     ]
                     if alike:
-                        k_SH = jnp.concatenate(
-                            [
-                                jnp.concatenate(
-                                    [keys[rows_of(run, u, m)] for m in seen(run, place, a)], axis=1
-                                )
-                                for u, place in alike
-                            ]
-                        )
-                        s_SR = product(k_SH, q_RH, 1, 1)
+                        k = [
+                            jnp.concatenate(
+                                [keys[rows_of(run, u, m)] for m in seen(run, place, a)], axis=head_axis
+                            )
+                            for u, place in alike
+                        ]
+                        s_SR = product(jnp.concatenate(k, axis=keys_axis), q_RH, head_axis, 1)
                         scores |= {slot: s_SR[x * BAND : (x + 1) * BAND] for x, slot in enumerate(alike)}
                 found.append(jnp.concatenate([scores[slot] for slot in slots]))
             return jnp.concatenate(found, axis=1)
@@ -302,12 +317,12 @@ def sparse_prefill(
                 return p_SR[:, a * BAND : (a + count) * BAND].astype(dtype)
 
             if not kind:
-                apart = [product(masked_tiles(n, i, a, values), of(a, 1), 0, 0) for a in range(tiles)]
+                apart = [product(masked_tiles(n, i, a, values), of(a, 1), keys_axis, 0) for a in range(tiles)]
                 return jnp.concatenate(apart, axis=1)
             run, slots = runs[kind - 1], sub_block(i, runs[kind - 1])
-            # A key tile is transposed once for all query tiles that see it.
+            # A key tile is transposed, if at all, once for all query tiles that see it.
             v_HS = {
-                (u, m): values[rows_of(run, u, m)].T
+                (u, m): values_first(values[rows_of(run, u, m)])
                 for u, place in slots for a in range(0, tiles, together) for m in seen(run, place, a)
             }  # fmt: skip
             found = []
@@ -332,11 +347,11 @@ def sparse_prefill(
             tile = first_tile + a + ((e - a) & (run - 1))
             row = jnp.clip(tile * BAND - begin(first_tile, rows), 0, rows - BAND)
             there = in_list(n, r, u) < of_length(counts, r)
-            return pl.multiple_of(u * rows + row, SUBLANES_BF16), tile, there
+            return pl.multiple_of(u * rows + row, alignment(H)), tile, there
 
         def masked_tiles(n: jax.Array, i: int, a: int, ref: Any) -> jax.Array:
             rows = [slot_of(n, e, a)[0] for e in range(i * each, (i + 1) * each)]
-            return jnp.concatenate([ref[pl.ds(row, BAND)] for row in rows])
+            return jnp.concatenate([ref[part(pl.ds(row, BAND))] for row in rows], axis=keys_axis)
 
         def masked_scores(n: jax.Array, i: int, a: int, keys: Any) -> jax.Array:
             found = []
@@ -344,7 +359,8 @@ def sparse_prefill(
             query = lax.broadcasted_iota(jnp.int32, (BAND, BAND), 1)
             for e in range(i * each, (i + 1) * each):
                 row, tile, there = slot_of(n, e, a)
-                s_SR = product(keys[pl.ds(row, BAND)], queries(version(tile, (succ, intra)), a), 1, 1)
+                k, q = keys[part(pl.ds(row, BAND))], queries(version(tile, (succ, intra)), a)
+                s_SR = product(k, q, head_axis, 1)
                 last = jnp.minimum(jnp.where(tile == first + a, query, BAND - 1), kv_len - 1 - tile * BAND)
                 found.append(jnp.where(key <= jnp.where(there & (tile >= 0), last, -1), s_SR, MASKED))
             return jnp.concatenate(found)
@@ -352,29 +368,31 @@ def sparse_prefill(
         # --- columns: step n takes columns [n W, n W + W), all of one stage
 
         W, width = tiling.columns, shape.block_compute
-        lane = lax.rem(t * tiles, LANES)  # of the block's first query tile, among those of its group
-        group = pl.multiple_of(t * tiles - lane, LANES)
+        lane = lax.rem(t * tiles, marked)  # of the block's first query tile, among those of its group
+        group = pl.multiple_of(t * tiles - lane, marked)
 
         def copy_columns(n: jax.Array, keys: bool, to: Any, semaphore: Any, _: int) -> Copy:
-            rows = pl.ds(pl.multiple_of(n * W, W), W)
-            source = k_columns_ref if keys else v_columns_ref
-            copy = pltpu.make_async_copy(source.at[pair, rows], to.at[pl.ds(0, W)], semaphore)
+            columns = pl.ds(pl.multiple_of(n * W, W), W)
+            source = (k_columns_ref if keys else v_columns_ref).at[pair]
+            copy = pltpu.make_async_copy(source.at[part(columns)], to.at[part(pl.ds(0, W))], semaphore)
             if not keys:
                 return copy
-            left_out = left_out_ref.at[pair, rows, pl.ds(group, LANES)]
+            left_out = left_out_ref.at[
+                pair, *((pl.ds(group, marked), columns) if across else (columns, pl.ds(group, marked)))
+            ]
             return _Both(copy, pltpu.make_async_copy(left_out, marks.at[lax.rem(n, KEY_SLOTS)], semaphore))
 
         def score_columns(n: jax.Array, i: int, keys: Any, _: int) -> jax.Array:
-            rows = pl.ds(i * width, width)
-            k_SH, q_RH = keys[rows], q_ref[version(n, (inter_end, succ_end)), 0, 0]
-            left_out = marks[lax.rem(n, KEY_SLOTS), rows].astype(jnp.float32) * MASKED
-            if tiling.wide:
-                # Query tile a takes lane `lane + a` of what is left out: the product adds it to the scores.
-                tile = lax.div(lax.broadcasted_iota(jnp.int32, (R, LANES), 0), BAND) + lane
-                own = (tile == lax.broadcasted_iota(jnp.int32, (R, LANES), 1)).astype(q_RH.dtype)
-                k_SH = jnp.concatenate([k_SH, left_out.astype(k_SH.dtype)], axis=1)
-                return product(k_SH, jnp.concatenate([q_RH, own], axis=1), 1, 1)
-            s_SR = product(k_SH, q_RH, 1, 1)
+            columns = part(pl.ds(i * width, width))
+            k, q_RH = keys[columns], q_ref[version(n, (inter_end, succ_end)), 0, 0]
+            left_out = marks[lax.rem(n, KEY_SLOTS), *columns].astype(jnp.float32) * MASKED
+            if by_product:
+                # Query tile a has entry `lane + a` of what is left out: the product adds it to the scores.
+                tile = lax.div(lax.broadcasted_iota(jnp.int32, (R, marked), 0), BAND) + lane
+                own = (tile == lax.broadcasted_iota(jnp.int32, (R, marked), 1)).astype(q_RH.dtype)
+                k = jnp.concatenate([k, left_out.astype(k.dtype)], axis=head_axis)
+                return product(k, jnp.concatenate([q_RH, own], axis=1), head_axis, 1)
+            s_SR = product(k, q_RH, 1, 1)
             # Two columns a word, so that one permutation spreads the marks of both over the lanes.
             left_out = pltpu.roll(left_out, LANES - lane, axis=1).astype(dtype)
             words = pltpu.bitcast(left_out, jnp.int32)
@@ -382,7 +400,7 @@ def sparse_prefill(
             return s_SR + pltpu.bitcast(jnp.concatenate(spread, axis=1), dtype).astype(jnp.float32)
 
         def weigh_columns(_: jax.Array, i: int, values: Any, p_SR: jax.Array, __: int) -> jax.Array:
-            return product(values[pl.ds(i * width, width)], p_SR.astype(dtype), 0, 0)
+            return product(values[part(pl.ds(i * width, width))], p_SR.astype(dtype), keys_axis, 0)
 
         walk = Walk(shape, Scratch(*scratch), copy_bands, score_bands, weigh_bands, kinds=1 + len(runs))
         walk.reset()
@@ -410,7 +428,12 @@ def sparse_prefill(
                 pl.BlockSpec((1, 1, R, H), lambda b, n, t, *_: (b, n, t, 0)),
                 pl.BlockSpec((1, 1, 1, R), lambda b, n, t, *_: (b, n, 0, t)),
             ],
-            scratch_shapes=[pltpu.VMEM((KEY_SLOTS, tiling.columns, LANES), jnp.int8), *shape.scratch(dtype)],
+            scratch_shapes=[
+                pltpu.VMEM(
+                    (KEY_SLOTS, *((marked, tiling.columns) if across else (tiling.columns, marked))), jnp.int8
+                ),
+                *shape.scratch(dtype),
+            ],
         ),
         out_shape=[
             jax.ShapeDtypeStruct((B, N, problem.blocks * R, H), dtype),

@@ -22,6 +22,7 @@ class Plan(NamedTuple):
             of the stages INTER and SUCC.
         near: int32[X, 1, M], a head's bands as runs of adjacent tile distances: the first distance of every run, one list for
             each length, ascending; distance 0 is a run of its own. Then anything.
+        column_tiles: int32[X], most tiles of columns that any query block walks.
         position: int32[X, P], the key position of every column slot; any for a slot without a column.
         left_out: int8[X, P, query tiles rounded up to lanes], 1 where a slot has no column that counts for a query tile: the
             column lies at or behind the query tile, or in one of its bands.
@@ -29,6 +30,7 @@ class Plan(NamedTuple):
 
     counts: jax.Array
     near: jax.Array
+    column_tiles: jax.Array
     position: jax.Array
     left_out: jax.Array
 
@@ -69,11 +71,12 @@ def plan(
     own_XC = -((lists.older[:, None] - lists.before[:, last_C]) // align)
     near_XM, nearer_RXM = _runs(lists.in_band, runs)
     begins_RX = jnp.cumsum(nearer_RXM[..., M], axis=0) - nearer_RXM[..., M]
+    column_tiles_XC = jnp.where(real_XC, lists.succ_end[:, None] + own_XC, 0)
     counts_XCF = jnp.stack(
         [
             *jnp.where(real_XC, nearer_RXM[..., last_C + 1], 0),
             *jnp.broadcast_to(begins_RX[..., None], (len(runs), X, blocks)),
-            jnp.where(real_XC, lists.succ_end[:, None] + own_XC, 0),
+            column_tiles_XC,
             *(jnp.broadcast_to(end[:, None], (X, blocks)) for end in (lists.inter_end, lists.succ_end)),
         ],
         axis=-1,
@@ -85,7 +88,9 @@ def plan(
         first_tile,
         -(-blocks * tiles // LANES) * LANES,
     )
-    return Plan(counts_XCF.reshape(-1), near_XM[:, None], lists.position, left_out_XPQ)
+    return Plan(
+        counts_XCF.reshape(-1), near_XM[:, None], column_tiles_XC.max(axis=1), lists.position, left_out_XPQ
+    )
 
 
 def _runs(in_band_XM: jax.Array, runs: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
