@@ -2,8 +2,8 @@
 
 Mixing is a fixed orthogonal map of the H channels: signs, then a Hadamard transform. It leaves every product of a query and a
 key as it was if both are mixed, and spreads a channel that is far larger than the others, to which the factor would be fitted
-alone, over all of them (QuaRot, arXiv 2404.00456). Keys are mixed after their rotation; so must be the queries that meet them
-as they lie in the cache, and what comes of such values is unmixed.
+alone, over all of them (QuaRot, arXiv 2404.00456). Keys are mixed after their rotation; so are the queries that meet them,
+and what comes of such values is unmixed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from jax import lax
 from qwen_jax.kernels.products import einsum
 
 DTYPES = (jnp.dtype(jnp.int8), jnp.dtype(jnp.float8_e4m3fn))
-EXPAND_TILE = 32_768  # positions expanded in one go
 
 
 def mix(x: jax.Array) -> jax.Array:
@@ -32,6 +31,31 @@ def unmix(x: jax.Array) -> jax.Array:
     """The inverse of `mix`: [..., H], float32."""
     matrix, factor = _mixing(x.shape[-1])
     return einsum("...J,HJ->...H", x, jnp.asarray(matrix, x.dtype)) * factor
+
+
+def mix_queries(q: jax.Array, dtype: Any) -> jax.Array:
+    """float32 queries [..., H] that meet the keys of `read_mixed`: the sums and differences of `mix`, not scaled, in `dtype`.
+
+    Of a 16-bit dtype the product takes each query as two numbers, what rounding leaves and the rest: rounded before, a channel
+    that makes most of a score would lose what mixing is to keep.
+    """
+    signs = jnp.asarray(_mixing(q.shape[-1])[0], dtype)
+    if jnp.dtype(dtype).itemsize == 2:
+        bits = jnp.finfo(dtype)
+        high = lax.reduce_precision(q, bits.nexp, bits.nmant)  # XLA may drop a conversion to and fro
+        q, signs = jnp.concatenate([high, q - high], axis=-1), jnp.concatenate([signs, signs])
+    return _rounded_once("...H,HJ->...J", q.astype(dtype), signs)
+
+
+def unmix_outputs(out: jax.Array) -> jax.Array:
+    """Means [..., H] of the values of `read_mixed` as means of what was quantised, in out's dtype."""
+    signs = jnp.asarray(_mixing(out.shape[-1])[0], out.dtype)
+    return _rounded_once("...J,HJ->...H", out, signs)
+
+
+def _rounded_once(spec: str, x: jax.Array, signs: jax.Array) -> jax.Array:
+    """The sums in x's dtype as they leave the product: in float32 they would be prefill's largest array."""
+    return jnp.einsum(spec, x, signs, precision=lax.Precision.HIGHEST, preferred_element_type=x.dtype)
 
 
 @functools.cache
@@ -63,15 +87,12 @@ def expand(numbers: jax.Array, factor: jax.Array, dtype: Any) -> jax.Array:
     return (unmix(numbers.astype(dtype)) * factor[..., None]).astype(dtype)
 
 
-def expand_layer(x_LBKSH: jax.Array, scale_LBKS: jax.Array, layer: jax.Array | int, dtype: Any) -> jax.Array:
-    """One layer of an 8-bit cache in `dtype`, [1, B, K, S, H], a tile of positions at a time."""
-    _, B, K, S, H = x_LBKSH.shape
-    width = min(EXPAND_TILE, S)
+def read_mixed(x_LBKSH: jax.Array, scale_LBKS: jax.Array, layer: jax.Array | int, dtype: Any) -> jax.Array:
+    """One layer of an 8-bit cache in `dtype`, [1, B, K, S, H]: mixed, times the factor that mixing has.
 
-    def tile(n: jax.Array, out: jax.Array) -> jax.Array:
-        at = (layer, 0, 0, jnp.minimum(n * width, S - width), 0)
-        numbers = lax.dynamic_slice(x_LBKSH, at, (1, B, K, width, H))
-        factor = lax.dynamic_slice(scale_LBKS, at[:4], (1, B, K, width))
-        return lax.dynamic_update_slice(out, expand(numbers, factor, dtype), (0, *at[1:]))
-
-    return lax.fori_loop(0, -(-S // width), tile, lax.empty((1, B, K, S, H), dtype))
+    Unmixing every key and value would cost more than mixing the queries of a piece and unmixing its results. It would also cost
+    accuracy: a channel that makes most of a score is spread over all channels, whose roundings cancel.
+    """
+    _, factor = _mixing(x_LBKSH.shape[-1])
+    numbers, scale = (lax.dynamic_index_in_dim(x, layer) for x in (x_LBKSH, scale_LBKS))
+    return (numbers.astype(jnp.float32) * (scale * factor)[..., None]).astype(dtype)

@@ -45,6 +45,11 @@ class KVCache(NamedTuple):
         return self.k.shape[3]
 
     @property
+    def mixed(self) -> bool:
+        """Whether vectors are held mixed, as 8-bit ones are."""
+        return self.k_scale is not None
+
+    @property
     def batch(self) -> int:
         """Rows."""
         return self.k.shape[1]
@@ -169,13 +174,13 @@ def _entries(cache: KVCache, k: jax.Array, v: jax.Array) -> KVCache:
 def read_layer(cache: KVCache, layer: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One layer for prefill: (k [L, B, K, S, H], v likewise, the index in L under which it lies).
 
-    That is the cache itself, uncopied; of an 8-bit cache the one layer alone, L = 1, expanded to `dtype`: next to what prefill
-    does with a layer, this costs little.
+    That is the cache itself, uncopied; of an 8-bit cache the one layer alone, L = 1, in `dtype` as
+    `kernels.quantised.read_mixed` makes it, for a `Rotary` with `mixed`.
     """
     if cache.k_scale is None or cache.v_scale is None:
         return cache.k, cache.v, layer
     k, v = (
-        quantised.expand_layer(x, scale, layer, dtype)
+        quantised.read_mixed(x, scale, layer, dtype)
         for x, scale in ((cache.k, cache.k_scale), (cache.v, cache.v_scale))
     )
     return k, v, jnp.int32(0)

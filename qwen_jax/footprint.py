@@ -81,7 +81,8 @@ class Footprint:
         """The most that is alive at once while a prefill piece passes one layer.
 
         The residual stream and its normed copy are always there; beside them either attention (q, k, v, three
-        rotations of q, output and its log-sum-exp, an expanded layer of an 8-bit cache) or the MLP (gate, up, product).
+        rotations of q, output and its log-sum-exp, a layer of an 8-bit cache in the model's dtype) or the MLP (gate, up,
+        product).
         Attention holds the queries of the whole piece on every device of the context axis, and float32 outputs on their way
         back, the rest only its share of them. Then the last logits.
         A test holds this against a compiled program; what kernels keep for themselves comes on top.
@@ -98,7 +99,7 @@ class Footprint:
             attended = max(attended + queries * element, met)
         mlp = 3 * share * c.intermediate_size // tensor * element
         logits = 4 * self.rows * c.vocab_size // tensor
-        working = max(projected + attended + self._expanded_bytes(), mlp)
+        working = max(projected + attended + self._layer_bytes(), mlp)
         return residual + working + logits + self._copied_bytes()
 
     def _copied_bytes(self) -> int:
@@ -107,8 +108,8 @@ class Footprint:
             return 0
         return sum(self.bytes_of(p) for p in params(self.config) if p.path.startswith("layers.mlp."))
 
-    def _expanded_bytes(self) -> int:
-        """K and V of one layer as a prefill piece reads them from an 8-bit cache (`cache.read_layer`)."""
+    def _layer_bytes(self) -> int:
+        """K and V of one layer as a prefill piece finds them in an 8-bit cache (`cache.read_layer`)."""
         if DTYPE_BYTES[self.kv_dtype] > 1:
             return 0
         positions = -(-self.context // self.mesh[CONTEXT])

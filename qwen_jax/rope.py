@@ -27,10 +27,12 @@ import numpy as np
 from jax import lax
 
 from qwen_jax.config import DualChunk, ModelConfig, Yarn
+from qwen_jax.kernels import quantised
 
 _TURN = 32  # bits of a phase: an angle in units of 2**-32 turns, which uint32 arithmetic takes modulo a turn
 _MOST_BITS = 11  # of each of the two words of a speed behind the point of a phase
 _MANY = 1024  # positions whose sines are worth a pass of their own
+_MIXED = 4096  # positions of queries that are mixed at once: what the product takes is twice as large as what it makes
 
 
 class Stage(IntEnum):
@@ -82,6 +84,9 @@ class Rotary:
     max_position: int
     yarn: Yarn | None = None
     dca: DualChunk | None = None
+    mixed: bool = (
+        False  # keys are met as an 8-bit cache holds them (`kernels.quantised`): queries come mixed too
+    )
 
     @classmethod
     def from_config(cls, config: ModelConfig, max_position: int | None = None) -> Rotary:
@@ -150,10 +155,49 @@ class Rotary:
         return self.rotate(k_BTKH, self.key_positions(positions_BT))
 
     def rotate_queries(
-        self, q_BTNH: jax.Array, positions_BT: jax.Array, stage: Stage, *, critical: bool = False
+        self,
+        q_BTNH: jax.Array,
+        positions_BT: jax.Array,
+        stage: Stage,
+        *,
+        scale_B: jax.Array | None = None,
+        critical: bool = False,
     ) -> jax.Array:
-        """Queries as keys of `stage` see them; `critical` as in `query_positions`."""
-        return self.rotate(q_BTNH, self.query_positions(positions_BT, stage, critical=critical))
+        """Queries as keys of `stage` see them, times scale_B; rounded once, to q's dtype. `critical`: see `query_positions`."""
+        q = q_BTNH.astype(jnp.float32)
+        if scale_B is not None:
+            q = q * scale_B.astype(jnp.float32)[:, None, None, None]
+        q = self.rotate(q, self.query_positions(positions_BT, stage, critical=critical))
+        return quantised.mix_queries(q, q_BTNH.dtype) if self.mixed else q.astype(q_BTNH.dtype)
+
+    def query_stages(
+        self,
+        q_BTNH: jax.Array,
+        positions_BT: jax.Array,
+        *,
+        scale_B: jax.Array | None = None,
+        critical: bool = False,
+    ) -> jax.Array:
+        """`rotate_queries` for each of `stages`: [stages, B, T, N, H]."""
+
+        def rotations(q_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:
+            return jnp.stack([
+                self.rotate_queries(q_BTNH, positions_BT, stage, scale_B=scale_B, critical=critical)
+                for stage in self.stages
+            ])  # fmt: skip
+
+        T = q_BTNH.shape[1]
+        if not self.mixed or T <= _MIXED:
+            return rotations(q_BTNH, positions_BT)
+
+        def tile(n: jax.Array, out: jax.Array) -> jax.Array:
+            start = jnp.minimum(n * _MIXED, T - _MIXED)
+            q = lax.dynamic_slice_in_dim(q_BTNH, start, _MIXED, 1)
+            positions = lax.dynamic_slice_in_dim(positions_BT, start, _MIXED, positions_BT.ndim - 1)
+            return lax.dynamic_update_slice_in_dim(out, rotations(q, positions), start, 2)
+
+        out = lax.empty((len(self.stages), *q_BTNH.shape), q_BTNH.dtype)
+        return lax.fori_loop(0, -(-T // _MIXED), tile, out)
 
     def stage_starts(self, i: jax.Array) -> tuple[jax.Array, jax.Array]:
         """First SUCC key and first INTRA key of a query at absolute position i, int32; INTER keys start at 0."""

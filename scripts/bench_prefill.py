@@ -26,7 +26,7 @@ import numpy as np
 import results
 from flax import nnx
 from jax import lax
-from prefill_probe import compile_probe, density_of, probe, separate_bands, worst_error
+from prefill_probe import compile_probe, density_of, probe, row_errors, separate_bands
 from structured_model import SINKS, structured_model
 from trace_parts import traced
 
@@ -289,7 +289,12 @@ class Bench:
             self.report(separate_bands_a_head=separate_bands(probed[-1][1]), density_by_piece=by_piece)
         rate = sum(flops(config, args.tokens, density)) / sum(seconds) / 1e12
         self.report(density=density, tflops=rate)
-        self.report(worst_row_error=worst_error(self.model, cache, probed, args.tokens, sparse))
+        errors = row_errors(self.model, cache, probed, args.tokens, sparse)
+        worst = max(error for rows in errors.values() for error in rows.values())
+        rounded = {
+            layer: {at: round(error, 5) for at, error in rows.items()} for layer, rows in errors.items()
+        }
+        self.report(worst_row_error=worst, row_errors=rounded)
         if args.trace:
             pieces = plan[-1 :: -max(1, len(plan) // args.trace)][: args.trace]
             with traced() as parts:

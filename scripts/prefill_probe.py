@@ -5,6 +5,7 @@ What a piece sees lies before it, so it computes again what it computed in its t
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -13,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 
 from qwen_jax.attention import prefill_layer
 from qwen_jax.cache import KVCache, read_layer, write_chunk
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.blocks import Share
-from qwen_jax.kernels.quantised import expand
+from qwen_jax.kernels.quantised import expand, unmix_outputs
 from qwen_jax.kernels.sparse_attention.api import attend_lines
 from qwen_jax.kernels.sparse_attention.bands import BAND, tile_distances
 from qwen_jax.linear import IN_CUBLAS
@@ -86,8 +88,9 @@ def probe_piece(
         cache = write_chunk(cache, k_BTKH, v_BTKH, layer=layer, start=start, first=start, share=share)
         k_LBKSH, v_LBKSH, at = read_layer(cache, layer, q_BTNH.dtype)
         q_BTNH = gather_queries(q_BTNH, share)
+        met = dataclasses.replace(rotary, mixed=cache.mixed)
         common: dict[str, Any] = {
-            "layer": at, "q_start": start, "rotary": rotary, "scale_B": scale_B, "share": share
+            "layer": at, "q_start": start, "rotary": met, "scale_B": scale_B, "share": share
         }  # fmt: skip
         columns_BNS, bands_BNM = choose_lines(
             q_BTNH, k_LBKSH, sparse, budgets_layer=layer, prompt_len_B=length_B, first=start, **common
@@ -96,10 +99,13 @@ def probe_piece(
             q_BTNH, k_LBKSH, v_LBKSH,
             columns_BNS=columns_BNS, bands_BNM=bands_BNM, most_columns=sparse.most_columns, kv_len_B=length_B, **common,
         )  # fmt: skip
+        out = unmix_outputs(out) if cache.mixed else out
         return scatter_outputs(out, lse, share), cache, columns_BNS, bands_BNM
 
     def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, state: Any, layer: jax.Array) -> Any:
         cache, kept = state
+        # Else XLA fuses what makes the queries with their rotation, which then sees more of them than is kept.
+        q_BTNH = lax.optimization_barrier(q_BTNH)
         new, pairs_L = {}, kept.pairs_L
         if sparse is None:
             out_BTNH, cache = prefill_layer(
@@ -204,20 +210,20 @@ def computed_keys(columns_NS: jax.Array, bands_NM: jax.Array, i_R: jax.Array, ca
     return jnp.moveaxis(in_band_NRS, 0, 1) | columns_NS
 
 
-def worst_error(
+def row_errors(
     model: Qwen2,
     cache: KVCache,
     probed: list[tuple[Piece, Kept]],
     tokens: int,
     sparse: bool,
-) -> float:
-    """Largest relative error of attention in the first and last row of the probed pieces, in the first and the last layer.
+) -> dict[int, dict[int, float]]:
+    """Relative error of attention by layer, the first and the last, and position, the first and last of the probed pieces.
 
     Against float32 from what the cache holds: an 8-bit cache is expanded.
     """
     scale = float(model.score_scale(*[jnp.array([tokens])] * 2)[0])
     group = model.config.num_heads // model.config.num_kv_heads
-    worst = 0.0
+    errors: dict[int, dict[int, float]] = {}
     for at, layer in enumerate((0, model.config.num_layers - 1)):
         layers = jax.tree.map(lambda x, layer=layer: x[layer, 0], cache)  # a layer's, as the cache holds it
         for piece, kept in probed:
@@ -247,8 +253,9 @@ def worst_error(
                 )
                 heads.append(np.asarray(want))
             want_RNH = np.concatenate(heads, axis=1)
-            worst = max(worst, tools.worst_row_error(jnp.asarray(kept.out_LRNH[at]), want_RNH))
-    return worst
+            for position, got, want in zip(i_R.tolist(), kept.out_LRNH[at], want_RNH, strict=True):
+                errors.setdefault(layer, {})[position] = tools.relative_error(got, want)
+    return errors
 
 
 def _float_head(layer: KVCache, head: int) -> tuple[jax.Array, jax.Array]:

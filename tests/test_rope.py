@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwen_jax import rope
 from qwen_jax.config import DualChunk, Yarn
 from qwen_jax.rope import Rotary, Stage, inverse_frequencies, temperature
 from tests.oracle import dual_chunk_distances, temperatures
@@ -228,3 +229,22 @@ def test_temperature_of_a_batch_and_of_a_scalar() -> None:
     m = temperature(lengths, 64)
     assert m.shape == (2, 2)
     assert temperature(128, 64) == m[1, 1] > m[1, 0] > m[0, 1] == m[0, 0] == 1.0
+
+
+@pytest.mark.parametrize("positions", ["of all rows", "a row"])
+def test_mixed_queries_come_in_tiles(monkeypatch: pytest.MonkeyPatch, positions: str) -> None:
+    rotary = dataclasses.replace(Rotary(1e4, 16, 4096, dca=DualChunk(320, 64)), mixed=True)
+    q = jnp.asarray(np.random.default_rng(0).standard_normal((2, 50, 3, 16)), jnp.bfloat16)
+    i = (
+        jnp.arange(700, 750)
+        if positions == "of all rows"
+        else jnp.stack([jnp.arange(50), jnp.arange(700, 750)])
+    )
+    scale = jnp.array([0.3, 0.7])
+    want = [rotary.rotate_queries(q, i, stage, scale_B=scale) for stage in rotary.stages]
+    monkeypatch.setattr(rope, "_MIXED", 16)
+    got = rotary.query_stages(q, i, scale_B=scale)
+    assert got.dtype == q.dtype
+    np.testing.assert_allclose(
+        got.astype(jnp.float32), jnp.stack(want).astype(jnp.float32), rtol=1e-2, atol=1e-2
+    )

@@ -46,20 +46,19 @@ def attend(
     q_start, kv_len_B = jnp.asarray(q_start, jnp.int32), jnp.asarray(kv_len_B, jnp.int32)
     k_BKSH, v_BKSH = (lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (k_LBKSH, v_LBKSH))
     i_T = q_start + jnp.arange(T, dtype=jnp.int32)
-    scale_B111 = scale_B.astype(jnp.float32)[:, None, None, None]
 
     def part(
         stage: Stage, start: jax.Array, end: jax.Array, size: int, causal: bool
     ) -> tuple[jax.Array, jax.Array]:
         """Keys start <= j < end, of which at most `size`."""
-        q = rotary.rotate_queries(q_BTNH.astype(jnp.float32), i_T, stage) * scale_B111
+        q = rotary.rotate_queries(q_BTNH, i_T, stage, scale_B=scale_B)
         # A window that would pass the cache's end starts earlier: dynamic_slice clamps, and so does `first`.
         first = jnp.minimum(start, S - size)
         k, v = (lax.dynamic_slice_in_dim(x, first, size, axis=2) if size < S else x for x in (k_BKSH, v_BKSH))
         length_B = jnp.clip(jnp.minimum(kv_len_B, end) - start, 0, size)
         if size < S:
             k, v = (jnp.roll(x, first - start, axis=2) for x in (k, v))
-        return _call(q.astype(q_BTNH.dtype), k, v, length_B, causal)
+        return _call(q, k, v, length_B, causal)
 
     succ, intra = rotary.stage_starts(q_start)
     window = min(rotary.chunk_len or S, S)

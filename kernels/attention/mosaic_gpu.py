@@ -12,7 +12,7 @@ from qwen_jax.kernels.attention.hopper import Problem, Tiling, prefill
 from qwen_jax.kernels.attention.specs import tiling_for
 from qwen_jax.kernels.blocks import EVERYTHING, Share
 from qwen_jax.kernels.hopper import LOG2E, why_not_hopper, why_not_shared
-from qwen_jax.rope import Rotary, Stage
+from qwen_jax.rope import Rotary
 
 ROW_TILE = 8  # TMA with swizzled tiles moves rows in eights
 
@@ -119,12 +119,10 @@ _differentiable = with_reference_backward(_attend)
 
 
 def rotations(
-    q_BTNH: jax.Array, q_start: jax.Array, factor_B: jax.Array, rotary: Rotary, queries: int
+    q_BTNH: jax.Array, q_start: jax.Array, factor_B: jax.Array | None, rotary: Rotary, queries: int
 ) -> jax.Array:
     """The queries as each stage's keys see them, scaled, rounded once, stages in key order: [stages * B, queries, N, H]."""
-    T = q_BTNH.shape[1]
+    _, T, N, H = q_BTNH.shape
     i_T = q_start + jnp.arange(T, dtype=jnp.int32)
-    stages = (Stage.INTER, Stage.SUCC, Stage.INTRA) if rotary.dca else (Stage.INTRA,)
-    q = q_BTNH.astype(jnp.float32) * factor_B[:, None, None, None]
-    q = jnp.concatenate([rotary.rotate_queries(q, i_T, stage).astype(q_BTNH.dtype) for stage in stages])
+    q = rotary.query_stages(q_BTNH, i_T, scale_B=factor_B).reshape(-1, T, N, H)
     return jnp.pad(q, ((0, 0), (0, queries - T), (0, 0), (0, 0)))

@@ -140,5 +140,4 @@ def rotations(q_BTNH: jax.Array, q_start: jax.Array, factor_B: jax.Array, rotary
         factor_B: float32[B], on scores, for an exponential of base 2.
     """
     i_T = q_start + jnp.arange(q_BTNH.shape[1], dtype=jnp.int32)
-    q = q_BTNH.astype(jnp.float32) * factor_B[:, None, None, None]
-    return jnp.stack([rotary.rotate_queries(q, i_T, stage).astype(q_BTNH.dtype) for stage in rotary.stages])
+    return rotary.query_stages(q_BTNH, i_T, scale_B=factor_B)

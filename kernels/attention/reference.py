@@ -62,7 +62,7 @@ def attend(
     share = dataclasses.replace(share, rank=jnp.int32(share.rank))
     where = _Where(jnp.int32(layer), jnp.int32(q_start), jnp.asarray(kv_len_B, jnp.int32), share)
     i_T = where.q_start + jnp.arange(T, dtype=jnp.int32)
-    q_PBTNH = jnp.stack([rotary.rotate_queries(q_BTNH, i_T, stage) for stage in _stages(rotary)])
+    q_PBTNH = rotary.query_stages(q_BTNH, i_T)
 
     tile = min(QUERY_TILE, T)
     C = -(-T // tile)

@@ -16,7 +16,7 @@ from qwen_jax.kernels.decode_attention.split import Problem, Tiling, shares
 from qwen_jax.kernels.hopper import LOG2E, why_not_hopper, why_not_shared
 from qwen_jax.kernels.hopper_walk import ROWS
 from qwen_jax.kernels.merge import merge
-from qwen_jax.rope import Rotary, Stage, temperature
+from qwen_jax.rope import Rotary, temperature
 
 
 def decode_attend(
@@ -165,7 +165,6 @@ def _rotations(
     q_BNH: jax.Array, position_B: jax.Array, factor_B: jax.Array, rotary: Rotary, problem: Problem
 ) -> jax.Array:
     """The queries as each stage's keys lie in the cache, scaled, stages in key order: float32 [stages, B, K, G, H]."""
-    stages = (Stage.INTER, Stage.SUCC, Stage.INTRA) if rotary.dca else (Stage.INTRA,)
-    q_B1NH = q_BNH.astype(jnp.float32)[:, None] * factor_B[:, None, None, None]
-    q = jnp.stack([rotary.rotate_queries(q_B1NH, position_B[:, None], stage) for stage in stages])
-    return q.reshape(len(stages), problem.batch, problem.kv_heads, problem.group, problem.head_dim)
+    q_B1NH = q_BNH.astype(jnp.float32)[:, None]
+    q = rotary.query_stages(q_B1NH, position_B[:, None], scale_B=factor_B)
+    return q.reshape(-1, problem.batch, problem.kv_heads, problem.group, problem.head_dim)

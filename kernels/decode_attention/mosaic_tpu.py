@@ -75,10 +75,8 @@ def decode_attend(
     tiles_B = -(-jnp.minimum(share.below(position_B + 1), S) // block_kv)
     warmth_B = temperature(prompt_len_B, problem.original)
     factor_B = scale_B.astype(jnp.float32) * LOG2E * warmth_B
-    q_B1NH = q_BNH.astype(jnp.float32)[:, None] * factor_B[:, None, None, None]
-    q_BPNH = jnp.concatenate(
-        [rotary.rotate_queries(q_B1NH, query_B[:, None], stage) for stage in rotary.stages], axis=1
-    )
+    q_B1NH = q_BNH.astype(jnp.float32)[:, None]
+    q_BPNH = jnp.concatenate(list(rotary.query_stages(q_B1NH, query_B[:, None], scale_B=factor_B)), axis=1)
     mixed = k_scale_LBKS is not None  # an 8-bit cache is
     q_BPNH = quantised.mix(q_BPNH) if mixed else q_BPNH
     q_BPKRH = jnp.pad(

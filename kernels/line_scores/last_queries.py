@@ -49,9 +49,6 @@ def last_queries_of(
     real_BR = (i_BR < end_B[:, None]) & (i_BR >= jnp.maximum(end_B - last_queries, first)[:, None])
     q_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, max(ROWS - T, 0)), (0, 0), (0, 0)))
     q_BRNH = jax.vmap(lambda q_TNH, first: lax.dynamic_slice_in_dim(q_TNH, first, ROWS))(q_BTNH, first_B)
-    q_BRNH = q_BRNH.astype(jnp.float32) * factor_B[:, None, None, None]
-    q_PBRNH = jnp.stack(
-        [rotary.rotate_queries(q_BRNH, i_BR, stage, critical=True) for stage in rotary.stages]
-    )
+    q_PBRNH = rotary.query_stages(q_BRNH, i_BR, scale_B=factor_B, critical=True)
     end_B = jnp.where(end_B > first, end_B, 0)
-    return LastQueries(i_BR[:, 0], end_B, real_BR, jnp.swapaxes(q_PBRNH, 2, 3).astype(q_BTNH.dtype))
+    return LastQueries(i_BR[:, 0], end_B, real_BR, jnp.swapaxes(q_PBRNH, 2, 3))

@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from qwen_jax.cache import KVCache, read_layer
+from qwen_jax.kernels import quantised
 from qwen_jax.kernels.attention.api import attend
 from qwen_jax.kernels.blocks import Share
 from qwen_jax.kernels.line_scores.api import line_scores
@@ -114,9 +115,35 @@ def attend_prompts(
     `first` is the first query that is real, by default q_start. With a share the lines are those that all keys would give.
     """
     first = q_start if first is None else first
-    k_LBKSH, v_LBKSH, at = read_layer(cache, layer, q_BTNH.dtype)
+    layer_cache = read_layer(cache, layer, q_BTNH.dtype)
+    rotary = dataclasses.replace(rotary, mixed=cache.mixed)
+    out, lse = _attend(
+        q_BTNH, *layer_cache, sparse,
+        budgets_layer=layer, q_start=q_start, prompt_len_B=prompt_len_B, rotary=rotary, scale_B=scale_B, first=first,
+        share=share, backend=backend,
+    )  # fmt: skip
+    return quantised.unmix_outputs(out) if cache.mixed else out, lse
+
+
+def _attend(
+    q_BTNH: jax.Array,
+    k_LBKSH: jax.Array,
+    v_LBKSH: jax.Array,
+    layer: jax.Array,
+    sparse: SparsePrefill | None,
+    *,
+    budgets_layer: jax.Array,
+    q_start: jax.Array,
+    prompt_len_B: jax.Array,
+    rotary: Rotary,
+    scale_B: jax.Array,
+    first: jax.Array,
+    share: Share | None,
+    backend: str | None,
+) -> tuple[jax.Array, jax.Array]:
+    """`attend_prompts` of keys and values as `read_layer` returns them."""
     common: dict[str, Any] = {
-        "layer": at, "q_start": q_start, "rotary": rotary, "scale_B": scale_B, "share": share
+        "layer": layer, "q_start": q_start, "rotary": rotary, "scale_B": scale_B, "share": share
     }  # fmt: skip
     if sparse is None:
         return attend(q_BTNH, k_LBKSH, v_LBKSH, kv_len_B=prompt_len_B, backend=backend, **common)
@@ -125,7 +152,7 @@ def attend_prompts(
     sparse_len_B, dense_len_B = jnp.where(long_B, prompt_len_B, 0), jnp.where(long_B, 0, prompt_len_B)
     columns_BNS, bands_BNM = choose_lines(
         q_BTNH, k_LBKSH, sparse,
-        budgets_layer=layer, prompt_len_B=sparse_len_B, first=first, **common,
+        budgets_layer=budgets_layer, prompt_len_B=sparse_len_B, first=first, **common,
     )  # fmt: skip
     sparse_BTNH, sparse_BTN = attend_lines(
         q_BTNH, k_LBKSH, v_LBKSH,
