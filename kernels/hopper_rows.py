@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, nvvm, scf
+from jaxlib.mlir.dialects import arith, llvm, nvvm, scf, vector
 
 from qwen_jax.kernels.hopper import tiled
 from qwen_jax.kernels.hopper_threads import elements, pairs
@@ -60,6 +60,7 @@ def scores(q: Any, k: Any) -> jax.Array:
 
 def exponentials(
     s: jax.Array,
+    factor: jax.Array | None,
     m: jax.Array,
     limit: jax.Array,
     l: jax.Array,
@@ -67,25 +68,27 @@ def exponentials(
     bias: jax.Array | None,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-    """One tile of a running softmax: (p = exp2(s - m), m, limit, l, alpha: what the sums so far shrink by).
+    """One tile of a running softmax: (p = exp2(factor s - m), m, limit, l, alpha: what the sums so far shrink by).
 
     Given the operands of S, the maximum is not looked for: it only guards against overflow, and P, O and l have float32's
     exponents. Sums beyond HUGE, which include infinity, make a warp multiply again and raise m. They are rare: m comes
     from the tiles before.
 
     Args:
-        s: float32 [64, n], base-2 exponents, -inf where a key is invisible.
-        m: [64], close to the maximum so far; 0 for a row that has seen no key.
-        limit: [64], how far a score may pass m: STALE; -inf for a row that has seen no key.
+        s: float32 [64, n], products of queries and keys, -inf where a key is invisible.
+        factor: float32 scalar, positive, that makes them exponents of base 2; None if they are.
+        m: [64], close to the maximum of exponents so far; 0 for a row that has seen no key.
+        limit: [64], how far an exponent may pass m: STALE; -inf for a row that has seen no key.
         l: [64, PARTS], the sum of p so far, in parts.
         operands: Q and K in shared memory, as of `scores`, if S is their product as it is; else None.
-        bias: [n], a number a key to add to s, which may be -inf; None for 0.
+        bias: [n], a number a key to add to its exponents, which may be -inf; None for 0.
         interpret: take plain jax operations, for the interpreter.
     """
     if interpret:
+        x = s if factor is None else s * factor
         if bias is not None:
-            s = s + lax.broadcast_in_dim(bias, s.shape, [1])
-        x = s - lax.broadcast_in_dim(m, s.shape, [0])
+            x = x + lax.broadcast_in_dim(bias, s.shape, [1])
+        x = x - lax.broadcast_in_dim(m, s.shape, [0])
         top = x.max(axis=1)
         rise = jnp.where(top > limit, top, 0.0)
         alpha = jnp.exp2(-jnp.maximum(rise, 0.0))
@@ -96,22 +99,26 @@ def exponentials(
     matrix, row = (_like(x, layout) for x, layout in ((s, LAYOUT), (m, ROW)))
     arrays = operands or ()
     biases = () if bias is None else (bias,)
+    factors = () if factor is None else (factor,)
+    scalar = plgpu.Layout.WG_SPLAT(())
     references = tuple(plgpu.RefType(tiled(jnp.dtype(x.dtype).itemsize, x.shape[1])) for x in arrays)
 
     @plgpu.inline_mgpu(
-        arg_types=(LAYOUT, ROW, ROW, LAYOUT, references, (COLUMN,) * len(biases)),
+        arg_types=(LAYOUT, (scalar,) * len(factors), ROW, ROW, LAYOUT, references, (COLUMN,) * len(biases)),
         return_type=(matrix, row, row, _like(l, LAYOUT), row),
     )
     def update(
-        _: Any, s: Any, m: Any, limit: Any, l: Any, refs: tuple[Any, ...], biases: tuple[Any, ...]
-    ) -> Any:
+        _: Any, s: Any, factors: tuple[Any, ...], m: Any, limit: Any, l: Any,
+        refs: tuple[Any, ...], biases: tuple[Any, ...],
+    ) -> Any:  # fmt: skip
         def constant(value: float) -> Any:
             return mgpu.FragmentedArray.splat(mgpu.utils.c(value, ir.F32Type.get()), m.shape, m.layout)
 
         def less_maximum(s: Any) -> Any:
+            x = _scaled_less(s, factors[0], m) if factors else s - _wide(m, s)
             for bias in biases:
-                s = s + bias.broadcast_in_dim(s.shape, (1,), s.layout)
-            return s - _wide(m, s)
+                x = x + bias.broadcast_in_dim(x.shape, (1,), x.layout)
+            return x
 
         def exact(s: Any) -> list[Any]:
             x = less_maximum(s)
@@ -146,7 +153,7 @@ def exponentials(
             _if_any(unsafe, lambda: exact(_multiply(refs[0], refs[1], s)), [p, m, limit, sums, constant(1.0)])
         )
 
-    return update(s, m, limit, l, arrays, biases)
+    return update(s, factors, m, limit, l, arrays, biases)
 
 
 def scale_rows(x: jax.Array, factor: jax.Array, interpret: bool) -> jax.Array:
@@ -178,6 +185,15 @@ def _wide(row: Any, x: Any) -> Any:
 def _array(registers: list[Any], like: Any) -> Any:
     shaped = np.array(registers, dtype=object).reshape(like.registers.shape)
     return mgpu.FragmentedArray(_registers=shaped, _layout=like.layout, _is_signed=None)
+
+
+def _scaled_less(s: Any, factor: Any, m: Any) -> Any:
+    """factor s - m[:, None], one instruction a number."""
+    (factor,) = factor.registers.flat
+    less = [arith.negf(x) for x in _wide(m, s).registers.flat]
+    factors = vector.broadcast(less[0].type, factor)
+    registers = zip(s.registers.flat, less, strict=True)
+    return _array([llvm.intr_fma(x, factors, y) for x, y in registers], s)
 
 
 def _add_up(l: Any, p: Any) -> Any:

@@ -2,8 +2,9 @@
 
 It works one tile behind itself, as FlashAttention-3 does (arXiv 2407.08608): step j issues S = Q K_j^T and O += P_{j-1} V_{j-1}
 together and takes the softmax of S while its own second product, and the other warpgroups' products, run. What counts is what
-stands between S and the next product: queries come scaled, so that S holds base-2 exponents; S's accumulator needs no filling;
-exponentials start at once, for the maximum moves only when their sums say that it must (`hopper_rows.exponentials`).
+stands between S and the next product: queries come scaled, or one multiply-add scales S and takes the maximum off; S's
+accumulator needs no filling; exponentials start at once, for the maximum moves only when their sums say that it must
+(`hopper_rows.exponentials`).
 """
 
 from __future__ import annotations
@@ -47,13 +48,15 @@ class Walk:
     """The parts of the loop that do not change between work items.
 
     Attributes:
-        q: this warpgroup's queries in shared memory, [ROWS, H], scaled so that q . k is a base-2 exponent.
+        q: this warpgroup's queries in shared memory, [ROWS, H].
         keys, values: the rings of tiles [keys a tile, H].
         before_step: called with each tile index before the tile meets the queries (switches rotations).
         after_keys: called once the queries have been read for the last time.
         visible: (s [ROWS, keys], tile index) -> s with -inf where a key is invisible; only used on masked tiles.
-        bias: tile index -> [keys], a number to add to every row of s, on masked tiles but the first; then `visible` serves
-            the first alone. Where it can be said so, it costs far less.
+        bias: tile index -> [keys], a number to add to the exponents of every row, on masked tiles but the first; then `visible`
+            serves the first alone. Where it can be said so, it costs far less.
+        factor: float32 scalar, positive: factor * q . k is a base-2 exponent. None: q . k is, for queries come scaled, which
+            moves channels that hardly turn off the numbers they came as.
         interpret: under jax's GPU interpreter, which knows neither stores to an accumulator nor P in registers.
     """
 
@@ -65,6 +68,7 @@ class Walk:
     visible: Callable[[jax.Array, jax.Array], jax.Array]
     interpret: bool
     bias: Callable[[jax.Array], jax.Array] | None = None
+    factor: jax.Array | None = None
 
     def __call__(self, lo: jax.Array, full: jax.Array, hi: jax.Array, first: jax.Array) -> Softmax:
         """Tiles lo <= j < hi, at least one; those with lo < j < full need no mask. All int32 scalars.
@@ -169,7 +173,7 @@ class Walk:
             s = visible(s, j)
         operands = None if visible else (self.q, self.keys.tiles.at[slot])
         row = bias(j) if bias else None
-        p, m, limit, l, alpha = exponentials(s, m, limit, l, operands, row, self.interpret)
+        p, m, limit, l, alpha = exponentials(s, self.factor, m, limit, l, operands, row, self.interpret)
         self.keys.release(slot)
         return m, limit, l, alpha, p
 

@@ -91,12 +91,12 @@ def sparse_prefill(
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """The kernel of these shapes, X = batch * heads, M = tile distances, P = column slots:
 
-    (where, items, near, in_band, column_tile, q, k, v, k_columns, v_columns) -> (out [B, T, N, H], lse [B, N, T
+    (where, factor, items, near, in_band, column_tile, q, k, v, k_columns, v_columns) -> (out [B, T, N, H], lse [B, N, T
     rounded up to tiles]).
 
-    where: int32[2], (layer, q_start), q_start a multiple of BAND. items, near, in_band, column_tile: as in
-    `plan.Plan`, flat. q: [versions * B, T, N, H], versions in key order, scaled so that q . k is a base-2 exponent. k, v:
-    [L * B * K, S, H]. k_columns, v_columns: [X, P, H]. T and S are multiples of 8. lse is natural.
+    where: int32[2], (layer, q_start), q_start a multiple of BAND. factor: float32[B], positive: factor * q . k is a
+    base-2 exponent. items, near, in_band, column_tile: as in `plan.Plan`, flat. q: [versions * B, T, N, H], versions in
+    key order. k, v: [L * B * K, S, H]. k_columns, v_columns: [X, P, H]. T and S are multiples of 8. lse is natural.
     """
     B, T, N, H = problem.batch, problem.queries, problem.heads, problem.head_dim
     stages = tiling.stages
@@ -107,7 +107,7 @@ def sparse_prefill(
     dca = problem.versions == 3
 
     def kernel(
-        where_ref: Any, items_ref: Any, near_ref: Any, in_band_ref: Any, column_tile_ref: Any,
+        where_ref: Any, factor_ref: Any, items_ref: Any, near_ref: Any, in_band_ref: Any, column_tile_ref: Any,
         q_ref: Any, k_ref: Any, v_ref: Any, k_columns_ref: Any, v_columns_ref: Any, out_ref: Any, lse_ref: Any,
         q_smem: Any, k_smem: Any, v_smem: Any, o_smem: Any, lse_smem: Any, rows_smem: Any, hand_smem: Any,
         q_full: Any, q_free: Any, k_full: Any, k_free: Any, v_full: Any, v_free: Any, rows_full: Any, rows_free: Any,
@@ -167,7 +167,7 @@ def sparse_prefill(
 
             walk = Walk(
                 q_smem.at[wg], keys, values, switch_queries, free_queries, causal, bool(interpret),
-                bias=not_in_bands,
+                bias=not_in_bands, factor=factor_ref[lax.div(handed(_PAIR), N)],
             )  # fmt: skip
             softmax = walk(jnp.int32(0), handed(_BANDS), handed(_STEPS), handed(_SEEN))
             out, natural = softmax.normalised()

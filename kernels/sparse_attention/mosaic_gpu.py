@@ -66,17 +66,17 @@ def attend_lines(
     into, rows = q_start % BAND, -(-(T + BAND) // ROW_TILE) * ROW_TILE
     room = jnp.pad(q_BTNH, ((0, 0), (BAND, BAND), (0, 0), (0, 0)))
     moved = lax.dynamic_slice_in_dim(room, BAND - into, T + BAND, 1)
-    factor_B = scale_B.astype(jnp.float32) * LOG2E
     problem = Problem(
         len(rotary.stages), B, rows, N, K, S, H, walk.position.shape[1], share.blocks if share else None
     )
     out, lse_BNT = sparse_prefill(problem, tiling or Tiling(), q_BTNH.dtype, interpret)(
         jnp.stack([layer, q_start - into]),
+        scale_B.astype(jnp.float32) * LOG2E,
         walk.items,
         walk.near,
         walk.in_band,
         walk.column_tile,
-        rotations(moved, q_start - into, factor_B, rotary, rows),
+        rotations(moved, q_start - into, None, rotary, rows),
         k_LBKSH.reshape(-1, S, H),
         v_LBKSH.reshape(-1, S, H),
         k_columns,
