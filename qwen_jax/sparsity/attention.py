@@ -115,54 +115,34 @@ def attend_prompts(
     `first` is the first query that is real, by default q_start. With a share the lines are those that all keys would give.
     """
     first = q_start if first is None else first
-    layer_cache = read_layer(cache, layer, q_BTNH.dtype)
-    rotary = dataclasses.replace(rotary, mixed=cache.mixed)
-    out, lse = _attend(
-        q_BTNH, *layer_cache, sparse,
-        budgets_layer=layer, q_start=q_start, prompt_len_B=prompt_len_B, rotary=rotary, scale_B=scale_B, first=first,
-        share=share, backend=backend,
-    )  # fmt: skip
-    return quantised.unmix_outputs(out) if cache.mixed else out, lse
-
-
-def _attend(
-    q_BTNH: jax.Array,
-    k_LBKSH: jax.Array,
-    v_LBKSH: jax.Array,
-    layer: jax.Array,
-    sparse: SparsePrefill | None,
-    *,
-    budgets_layer: jax.Array,
-    q_start: jax.Array,
-    prompt_len_B: jax.Array,
-    rotary: Rotary,
-    scale_B: jax.Array,
-    first: jax.Array,
-    share: Share | None,
-    backend: str | None,
-) -> tuple[jax.Array, jax.Array]:
-    """`attend_prompts` of keys and values as `read_layer` returns them."""
+    k_LBKSH, v_LBKSH, at = read_layer(cache, layer, q_BTNH.dtype)
     common: dict[str, Any] = {
-        "layer": layer, "q_start": q_start, "rotary": rotary, "scale_B": scale_B, "share": share
+        "layer": at, "q_start": q_start, "scale_B": scale_B, "share": share,
+        "rotary": dataclasses.replace(rotary, mixed=cache.mixed),
     }  # fmt: skip
-    if sparse is None:
-        return attend(q_BTNH, k_LBKSH, v_LBKSH, kv_len_B=prompt_len_B, backend=backend, **common)
-    long_B = prompt_len_B > sparse.threshold
-    # A row of no keys costs nothing: each half does the rows of the other kind for free.
-    sparse_len_B, dense_len_B = jnp.where(long_B, prompt_len_B, 0), jnp.where(long_B, 0, prompt_len_B)
-    columns_BNS, bands_BNM = choose_lines(
-        q_BTNH, k_LBKSH, sparse,
-        budgets_layer=budgets_layer, prompt_len_B=sparse_len_B, first=first, **common,
-    )  # fmt: skip
-    sparse_BTNH, sparse_BTN = attend_lines(
-        q_BTNH, k_LBKSH, v_LBKSH,
-        columns_BNS=columns_BNS, bands_BNM=bands_BNM, most_columns=sparse.most_columns, kv_len_B=sparse_len_B, **common,
-    )  # fmt: skip
-    if sparse.threshold == ALL_SPARSE:
-        return sparse_BTNH, sparse_BTN
-    dense_BTNH, dense_BTN = attend(q_BTNH, k_LBKSH, v_LBKSH, kv_len_B=dense_len_B, backend=backend, **common)
-    out = jnp.where(long_B[:, None, None, None], sparse_BTNH, dense_BTNH)
-    return out, jnp.where(long_B[:, None, None], sparse_BTN, dense_BTN)
+    dense = functools.partial(attend, q_BTNH, k_LBKSH, v_LBKSH, backend=backend, **common)
+
+    def attend_rows() -> tuple[jax.Array, jax.Array]:
+        if sparse is None:
+            return dense(kv_len_B=prompt_len_B)
+        long_B = prompt_len_B > sparse.threshold
+        # A row of no keys costs nothing: each half does the rows of the other kind for free.
+        sparse_len_B, dense_len_B = jnp.where(long_B, prompt_len_B, 0), jnp.where(long_B, 0, prompt_len_B)
+        columns_BNS, bands_BNM = choose_lines(
+            q_BTNH, k_LBKSH, sparse, budgets_layer=layer, prompt_len_B=sparse_len_B, first=first, **common
+        )
+        sparse_BTNH, sparse_BTN = attend_lines(
+            q_BTNH, k_LBKSH, v_LBKSH,
+            columns_BNS=columns_BNS, bands_BNM=bands_BNM, most_columns=sparse.most_columns, kv_len_B=sparse_len_B, **common,
+        )  # fmt: skip
+        if sparse.threshold == ALL_SPARSE:
+            return sparse_BTNH, sparse_BTN
+        dense_BTNH, dense_BTN = dense(kv_len_B=dense_len_B)
+        out = jnp.where(long_B[:, None, None, None], sparse_BTNH, dense_BTNH)
+        return out, jnp.where(long_B[:, None, None], sparse_BTN, dense_BTN)
+
+    out, lse = attend_rows()
+    return quantised.unmix_outputs(out) if cache.mixed else out, lse
 
 
 def choose_lines(
