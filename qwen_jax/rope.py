@@ -77,6 +77,10 @@ class Rotary:
     Angles are exact to float32 at any position up to 2**23: whole turns are dropped in integers, where one float32 product
     would be off by up to 0.06 rad at a million tokens. No table is looked up: the TPU compiler moved such a gather to the
     SparseCore and lost the table (docs/aot.md).
+
+    Attributes:
+        theta, yarn, dca: as in the config. head_dim: H. max_position: bounds positions without dual chunk attention.
+        mixed: keys are met as an 8-bit cache holds them (`kernels.quantised`): queries come mixed too.
     """
 
     theta: float
@@ -84,9 +88,7 @@ class Rotary:
     max_position: int
     yarn: Yarn | None = None
     dca: DualChunk | None = None
-    mixed: bool = (
-        False  # keys are met as an 8-bit cache holds them (`kernels.quantised`): queries come mixed too
-    )
+    mixed: bool = False
 
     @classmethod
     def from_config(cls, config: ModelConfig, max_position: int | None = None) -> Rotary:
