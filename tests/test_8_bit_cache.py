@@ -147,16 +147,18 @@ def test_documents_of_another_kind_of_cache_are_refused(llm: LLM, tmp_path: Path
         exact.generate(TOKENS[:9], GREEDY, prefix=llm.prefill(TOKENS))
 
 
-def test_eight_devices_give_the_logits_of_one() -> None:
+@pytest.mark.parametrize("context", [1, 2])
+def test_eight_devices_give_the_logits_of_one(context: int) -> None:
     model = random_model(WIDE)
-    mesh = full_mesh(Mesh(np.array(jax.devices()).reshape(1, 1, 8), ("data", "context", "tensor")))
+    devices = np.array(jax.devices()).reshape(1, context, 8 // context)
+    mesh = full_mesh(Mesh(devices, ("data", "context", "tensor")))
     where = shardings(WIDE, mesh)
     leaves = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model))}
     eight = balanced(build(WIDE, {path: jax.device_put(x, where[path]) for path, x in leaves.items()}))
     assert eight.layers.attn.k.weight[...].sharding == where["layers.attn.k.weight"]
     cache = init_cache(WIDE, 1, 256, INT8, mesh)
     assert cache.k_scale is not None
-    assert cache.k_scale.sharding.shard_shape(cache.k_scale.shape)[2] == 1
+    assert cache.k_scale.sharding.shard_shape(cache.k_scale.shape)[2] == context
     alone, together = next_token_logits(balanced(model), INT8, 1), next_token_logits(eight, INT8, 1, mesh)
     exact = next_token_logits(model, jnp.float32, 1)
     assert off(together, alone) <= 0.3 * off(alone, exact)
