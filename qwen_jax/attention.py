@@ -48,7 +48,7 @@ def prefill_layer(
         share: Share | None = None,
     ) -> tuple[jax.Array, KVCache]:  # fmt: skip
         cache = write_chunk(cache, k, v, layer=layer, start=start, first=first, share=share)
-        out, lse = attend_prompts(
+        out, lse, _ = attend_prompts(
             gather_queries(q, share), cache, sparse,
             layer=layer, q_start=start, prompt_len_B=prompt_len_B, rotary=rotary, scale_B=scale_B,
             first=first if share else None, share=share, backend=backend,

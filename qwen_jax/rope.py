@@ -180,7 +180,7 @@ class Rotary:
         scale_B: jax.Array | None = None,
         critical: bool = False,
     ) -> jax.Array:
-        """`rotate_queries` for each of `stages`: [stages, B, T, N, H]."""
+        """`rotate_queries` for each of `stages`: [stages, B, T, N, H], of q's dtype."""
 
         def rotations(q_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:
             return jnp.stack([

@@ -5,7 +5,6 @@ What a piece sees lies before it, so it computes again what it computed in its t
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -17,16 +16,15 @@ from flax import nnx
 from jax import lax
 
 from qwen_jax.attention import prefill_layer
-from qwen_jax.cache import KVCache, read_layer, write_chunk
+from qwen_jax.cache import KVCache, write_chunk
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.blocks import Share
-from qwen_jax.kernels.quantised import expand, unmix_outputs
-from qwen_jax.kernels.sparse_attention.api import attend_lines
+from qwen_jax.kernels.quantised import expand
 from qwen_jax.kernels.sparse_attention.bands import BAND, tile_distances
 from qwen_jax.linear import IN_CUBLAS
 from qwen_jax.model import Qwen2
 from qwen_jax.prefill import Piece, Prefiller
-from qwen_jax.sparsity.attention import SparsePrefill, choose_lines
+from qwen_jax.sparsity.attention import SparsePrefill, attend_prompts
 from qwen_jax.sparsity.cost_aware import Piece as Rows
 from qwen_jax.sparsity.cost_aware import computed_pairs
 from qwen_jax.spread import gather_queries, scatter_outputs
@@ -86,21 +84,12 @@ def probe_piece(
     ) -> tuple[jax.Array, KVCache, jax.Array, jax.Array]:  # fmt: skip
         """`prefill_layer` with its lines: chosen a second time, those of equal scores might be others."""
         cache = write_chunk(cache, k_BTKH, v_BTKH, layer=layer, start=start, first=start, share=share)
-        k_LBKSH, v_LBKSH, at = read_layer(cache, layer, q_BTNH.dtype)
-        q_BTNH = gather_queries(q_BTNH, share)
-        met = dataclasses.replace(rotary, mixed=cache.mixed)
-        common: dict[str, Any] = {
-            "layer": at, "q_start": start, "rotary": met, "scale_B": scale_B, "share": share
-        }  # fmt: skip
-        columns_BNS, bands_BNM = choose_lines(
-            q_BTNH, k_LBKSH, sparse, budgets_layer=layer, prompt_len_B=length_B, first=start, **common
-        )
-        out, lse = attend_lines(
-            q_BTNH, k_LBKSH, v_LBKSH,
-            columns_BNS=columns_BNS, bands_BNM=bands_BNM, most_columns=sparse.most_columns, kv_len_B=length_B, **common,
+        out, lse, lines = attend_prompts(
+            gather_queries(q_BTNH, share), cache, sparse,
+            layer=layer, q_start=start, prompt_len_B=length_B, rotary=rotary, scale_B=scale_B, share=share,
         )  # fmt: skip
-        out = unmix_outputs(out) if cache.mixed else out
-        return scatter_outputs(out, lse, share), cache, columns_BNS, bands_BNM
+        assert lines is not None
+        return scatter_outputs(out, lse, share), cache, *lines
 
     def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, state: Any, layer: jax.Array) -> Any:
         cache, kept = state

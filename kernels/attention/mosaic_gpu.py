@@ -121,7 +121,7 @@ _differentiable = with_reference_backward(_attend)
 def rotations(
     q_BTNH: jax.Array, q_start: jax.Array, factor_B: jax.Array | None, rotary: Rotary, queries: int
 ) -> jax.Array:
-    """The queries as each stage's keys see them, scaled, rounded once, stages in key order: [stages * B, queries, N, H]."""
+    """The queries as each stage's keys see them, times factor_B, rounded once, in key order: [stages * B, queries, N, H]."""
     _, T, N, H = q_BTNH.shape
     i_T = q_start + jnp.arange(T, dtype=jnp.int32)
     q = rotary.query_stages(q_BTNH, i_T, scale_B=factor_B).reshape(-1, T, N, H)

@@ -75,11 +75,6 @@ def attend(
     return out.reshape(B, C * tile, N, H)[:, :T], lse.reshape(B, C * tile, N)[:, :T]
 
 
-def _stages(rotary: Rotary) -> tuple[Stage, ...]:
-    """The stages P in key order."""
-    return (Stage.INTER, Stage.SUCC, Stage.INTRA) if rotary.dca else (Stage.INTRA,)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _flash(
     q_CPBKRH: jax.Array,
@@ -179,7 +174,7 @@ def _walk(
     end = jnp.minimum(i_R[-1] + 1, where.kv_len_B.max())
     succ, intra = rotary.stage_starts(where.q_start)
     bounds = {Stage.INTER: (jnp.int32(0), succ), Stage.SUCC: (succ, intra), Stage.INTRA: (intra, end)}
-    for p, stage in enumerate(_stages(rotary)):
+    for p, stage in enumerate(rotary.stages):
         # Slots are in the order of their positions: a stage is a range of slots.
         lo, hi = (jnp.minimum(where.share.below(jnp.minimum(x, end)), S) for x in bounds[stage])
 

@@ -107,12 +107,13 @@ def attend_prompts(
     first: jax.Array | None = None,
     share: Share | None = None,
     backend: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """(out [B, T, N, H], lse [B, T, N]) of `kernels.attention.api.attend`, over chosen lines in rows that are sparse.
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array] | None]:
+    """(out [B, T, N, H], lse [B, T, N]) of `kernels.attention.api.attend`, over chosen lines in rows that are sparse; lines.
 
     Arguments as there; the cache holds the piece's own keys and values; prompt_len_B int32[B] is each row's whole prompt, in
     tokens; `backend` is that of dense attention.
     `first` is the first query that is real, by default q_start. With a share the lines are those that all keys would give.
+    Lines are as `choose_lines` returns them, None if `sparse` is.
     """
     first = q_start if first is None else first
     k_LBKSH, v_LBKSH, at = read_layer(cache, layer, q_BTNH.dtype)
@@ -122,27 +123,28 @@ def attend_prompts(
     }  # fmt: skip
     dense = functools.partial(attend, q_BTNH, k_LBKSH, v_LBKSH, backend=backend, **common)
 
-    def attend_rows() -> tuple[jax.Array, jax.Array]:
+    def attend_rows() -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array] | None]:
         if sparse is None:
-            return dense(kv_len_B=prompt_len_B)
+            return *dense(kv_len_B=prompt_len_B), None
         long_B = prompt_len_B > sparse.threshold
         # A row of no keys costs nothing: each half does the rows of the other kind for free.
         sparse_len_B, dense_len_B = jnp.where(long_B, prompt_len_B, 0), jnp.where(long_B, 0, prompt_len_B)
-        columns_BNS, bands_BNM = choose_lines(
+        lines = choose_lines(
             q_BTNH, k_LBKSH, sparse, budgets_layer=layer, prompt_len_B=sparse_len_B, first=first, **common
         )
+        columns_BNS, bands_BNM = lines
         sparse_BTNH, sparse_BTN = attend_lines(
             q_BTNH, k_LBKSH, v_LBKSH,
             columns_BNS=columns_BNS, bands_BNM=bands_BNM, most_columns=sparse.most_columns, kv_len_B=sparse_len_B, **common,
         )  # fmt: skip
         if sparse.threshold == ALL_SPARSE:
-            return sparse_BTNH, sparse_BTN
+            return sparse_BTNH, sparse_BTN, lines
         dense_BTNH, dense_BTN = dense(kv_len_B=dense_len_B)
         out = jnp.where(long_B[:, None, None, None], sparse_BTNH, dense_BTNH)
-        return out, jnp.where(long_B[:, None, None], sparse_BTN, dense_BTN)
+        return out, jnp.where(long_B[:, None, None], sparse_BTN, dense_BTN), lines
 
-    out, lse = attend_rows()
-    return quantised.unmix_outputs(out) if cache.mixed else out, lse
+    out, lse, lines = attend_rows()
+    return quantised.unmix_outputs(out) if cache.mixed else out, lse, lines
 
 
 def choose_lines(
