@@ -15,9 +15,9 @@ from qwen_jax.kernels.tpu import why_not_tpu
 Backend = Callable[..., tuple[jax.Array, jax.Array]]
 
 
-def dispatch(
-    op: str, backends: Mapping[str, Backend], name: str | None, *args: Any, **kwargs: Any
-) -> tuple[jax.Array, jax.Array]:
+def dispatch[R](
+    op: str, backends: Mapping[str, Callable[..., R]], name: str | None, *args: Any, **kwargs: Any
+) -> R:
     """Calls the backend called `name`, or the first that does not refuse.
 
     Raises:

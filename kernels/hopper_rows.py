@@ -207,6 +207,7 @@ def _add_up(l: Any, p: Any) -> Any:
 def _multiply(q_ref: Any, k_ref: Any, like: Any) -> Any:
     """Q K^T once more, by the instructions that one warp may issue on its own."""
     i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+    kind = str(ir.MemRefType(q_ref.type).element_type)  # bf16 or f16, in PTX as in MLIR
 
     def c(value: int) -> Any:
         return mgpu.utils.c(value, i32)
@@ -257,7 +258,7 @@ def _multiply(q_ref: Any, k_ref: Any, like: Any) -> Any:
                     .reg .b32 x, y;
                     ld.shared.b32 x, [$12+{offset}];
                     ld.shared.b32 y, [$13+{offset}];
-                    mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
+                    mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32
                         {{$0,$1,$2,$3}}, {{$8,$9,$10,$11}}, {{x,y}}, {{$4,$5,$6,$7}};
                     }}""",
                     "=f,=f,=f,=f,0,1,2,3,r,r,r,r,r,r",

@@ -109,7 +109,7 @@ class Walk:
             for columns in (head_dim, PARTS)
         )
         m, limit, l, _, p = self._softmax(s, m, limit, l, j, n, visible=self.visible)
-        return acc, m, limit, l, p.astype(self.q.dtype)
+        return acc, m, limit, l, p.astype(self.values.tiles.dtype)
 
     def _step(
         self,
@@ -141,7 +141,7 @@ class Walk:
         acc, m, limit, l, alpha, p = pl.run_scoped(product, plgpu.ACC((ROWS, head_dim), jnp.float32))
         self.values.release(before)
         acc, p = lax.optimization_barrier((acc, p))
-        return scale_rows(acc, alpha, self.interpret), m, limit, l, p.astype(self.q.dtype)
+        return scale_rows(acc, alpha, self.interpret), m, limit, l, p.astype(self.values.tiles.dtype)
 
     def _last(self, before: jax.Array, acc: jax.Array, p: jax.Array) -> jax.Array:
         """O of the last tile alone."""

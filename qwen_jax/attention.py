@@ -94,7 +94,7 @@ def decode_layer(
         cache = write_token(cache, k, v, layer=layer, positions_B=position_B, share=share)
         out, lse = decode_attend(
             q, cache.k, cache.v,
-            layer=layer, position_B=position_B, prompt_len_B=prompt_len_B, rotary=rotary, scale_B=scale_B,
+            layer=layer, position_B=position_B, prompt_len_B=prompt_len_B, rotary=cache.met_by(rotary), scale_B=scale_B,
             k_scale_LBKS=cache.k_scale, v_scale_LBKS=cache.v_scale, share=share, backend=backend,
         )  # fmt: skip
         return merge_outputs(out, lse, share), cache

@@ -2,11 +2,13 @@
 
 Heads stand before positions and the whole cache travels with a layer index: measured on compiled programs, every other
 arrangement costs a copy of a layer or of the cache. Keys are stored rotated at j mod s and not scaled by the length
-temperature, so a prefix serves a longer prompt unchanged. With 8-bit dtypes vectors are held as `kernels.quantised` says.
+temperature, so a prefix serves a longer prompt unchanged; in fewer than 32 bits they are mixed before they are rounded
+(`kernels.mixing`). With 8-bit dtypes both keys and values are held as `kernels.quantised` says.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,7 +24,9 @@ from jax.typing import DTypeLike
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels import quantised
 from qwen_jax.kernels.blocks import Share
+from qwen_jax.kernels.mixing import mix_keys
 from qwen_jax.kernels.tpu import flat, generation, target
+from qwen_jax.rope import Rotary
 from qwen_jax.sharding import ShardingRules
 
 
@@ -44,10 +48,9 @@ class KVCache(NamedTuple):
         """Positions a row can hold, tokens."""
         return self.k.shape[3]
 
-    @property
-    def mixed(self) -> bool:
-        """Whether vectors are held mixed, as 8-bit ones are."""
-        return self.k_scale is not None
+    def met_by(self, rotary: Rotary) -> Rotary:
+        """A model's rotary, made to rotate queries as these keys lie."""
+        return dataclasses.replace(rotary, mixed=jnp.dtype(self.k.dtype).itemsize < 4)
 
     @property
     def batch(self) -> int:
@@ -164,23 +167,24 @@ def write_token(
 
 
 def _entries(cache: KVCache, k: jax.Array, v: jax.Array) -> KVCache:
-    """Keys and values [..., H] as this cache holds them."""
+    """Keys, rotated, and values [..., H] as this cache holds them."""
+    dtype = cache.k.dtype
     if cache.k_scale is None:
-        return KVCache(k.astype(cache.k.dtype), v.astype(cache.v.dtype))
-    (k, k_scale), (v, v_scale) = (quantised.quantise(x, cache.k.dtype) for x in (k, v))
+        k = mix_keys(k.astype(jnp.float32), dtype) if dtype.itemsize < 4 else k
+        return KVCache(k.astype(dtype), v.astype(dtype))
+    (k, k_scale), (v, v_scale) = (quantised.quantise(x, dtype) for x in (k, v))
     return KVCache(k, v, k_scale, v_scale)
 
 
 def read_layer(cache: KVCache, layer: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One layer for prefill: (k [L, B, K, S, H], v likewise, the index in L under which it lies).
 
-    That is the cache itself, uncopied; of an 8-bit cache the one layer alone, L = 1, in `dtype` as
-    `kernels.quantised.read_mixed` makes it, for a `Rotary` with `mixed`.
+    That is the cache itself, uncopied; of an 8-bit cache the one layer alone, L = 1, as `kernels.quantised.read_mixed` makes
+    it: values too are then mixed. Values come in `dtype`, keys in float16 where that is bfloat16: mixed, they are in its range,
+    and its three more bits keep more of what 8 bits times a factor are. TPUs multiply no float16.
     """
     if cache.k_scale is None or cache.v_scale is None:
         return cache.k, cache.v, layer
-    k, v = (
-        quantised.read_mixed(x, scale, layer, dtype)
-        for x, scale in ((cache.k, cache.k_scale), (cache.v, cache.v_scale))
-    )
-    return k, v, jnp.int32(0)
+    narrow = jnp.dtype(dtype) == jnp.bfloat16 and generation(target()) is None
+    k = quantised.read_mixed(cache.k, cache.k_scale, layer, jnp.float16 if narrow else dtype)
+    return k, quantised.read_mixed(cache.v, cache.v_scale, layer, dtype), jnp.int32(0)

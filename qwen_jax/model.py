@@ -26,8 +26,8 @@ from qwen_jax.rope import Rotary, temperature
 from qwen_jax.sparsity.attention import SparsePrefill
 from qwen_jax.spread import Spread
 
-# attention of one layer: (q_BTNH unrotated, k_BTKH rotated, v_BTKH, carry, layer) -> (out_BTNH, carry); the carry is the cache,
-# None, or whatever else a caller takes through the layers
+# attention of one layer: (q_BTNH unrotated, k_BTKH rotated, in float32, v_BTKH, carry, layer) -> (out_BTNH, carry); the carry
+# is the cache, None, or whatever else a caller takes through the layers
 type Attend[C] = Callable[[jax.Array, jax.Array, jax.Array, C, jax.Array], tuple[jax.Array, C]]
 
 
@@ -218,7 +218,7 @@ class Qwen2(nnx.Module):
             scale_B = self.score_scale(lengths_B, lengths_B)
 
             def piece(start: jax.Array | int, q: jax.Array) -> jax.Array:
-                k, v = (jnp.swapaxes(x, 1, 2)[None] for x in (k_BTKH, v_BTKH))
+                k, v = (jnp.swapaxes(x, 1, 2)[None].astype(q.dtype) for x in (k_BTKH, v_BTKH))
                 return attend(
                     q, k, v,
                     layer=0, q_start=start, kv_len_B=lengths_B, rotary=self.rotary, scale_B=scale_B,

@@ -25,6 +25,7 @@ from qwen_jax.model import Qwen2
 from qwen_jax.processes import fetch
 
 _META = "document.json"
+_FORMAT = 2  # of what the files hold; 1, without the number: keys of 16 bits not mixed, factors of 8-bit ones longer
 _DATA, _SCALES = "cache.safetensors", "scales.safetensors"  # a file has one dtype; scales are of 8-bit caches
 
 
@@ -52,7 +53,9 @@ def save(document: Document, path: Path) -> None:
             f"{path}: a document that is spread over several processes cannot be saved: save it from one"
         )
     cache, length, slots = document.cache, len(document), document.slots()
-    meta = {"owner": document.owner, "dtype": cache.k.dtype.name, "token_ids": document.token_ids.tolist()}
+    meta = {
+        "format": _FORMAT, "owner": document.owner, "dtype": cache.k.dtype.name, "token_ids": document.token_ids.tolist(),
+    }  # fmt: skip
     with staged(path.absolute()) as out:
         try:
             for file, buffers in _files(cache).items():
@@ -76,6 +79,10 @@ def load(path: Path, model: Qwen2, dtype: np.dtype, new_cache: Callable[[int], K
     mine = owner(model)
     try:
         theirs, token_ids = meta["owner"], np.asarray(meta["token_ids"], np.int32)
+        if (found := meta.get("format", 1)) != _FORMAT:
+            raise CheckpointError(
+                f"{path}: saved by another version of qwen-jax (format {found}, not {_FORMAT}): prefill the document again"
+            )
         if theirs["config"] != mine["config"]:
             fields = sorted(k for k, v in mine["config"].items() if theirs["config"].get(k) != v)  # type: ignore[attr-defined]
             raise CheckpointError(f"{path}: made with another model: its {', '.join(fields)} differ")

@@ -25,14 +25,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from qwen_jax.config import DualChunk, ModelConfig, Yarn
-from qwen_jax.kernels import quantised
+from qwen_jax.kernels.mixing import mix
+from qwen_jax.kernels.rotations.api import mixed_rotations
 
 _TURN = 32  # bits of a phase: an angle in units of 2**-32 turns, which uint32 arithmetic takes modulo a turn
 _MOST_BITS = 11  # of each of the two words of a speed behind the point of a phase
 _MANY = 1024  # positions whose sines are worth a pass of their own
-_MIXED = 4096  # positions of queries that are mixed at once: what the product takes is twice as large as what it makes
 
 
 class Stage(IntEnum):
@@ -80,7 +81,7 @@ class Rotary:
 
     Attributes:
         theta, yarn, dca: as in the config. head_dim: H. max_position: bounds positions without dual chunk attention.
-        mixed: keys are met as an 8-bit cache holds them (`kernels.quantised`): queries come mixed too.
+        mixed: the keys that queries meet are mixed (`kernels.mixing`), as 8 and 16 bits hold them: queries come mixed too.
     """
 
     theta: float
@@ -144,16 +145,18 @@ class Rotary:
         )
 
     def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        """Rotates x [..., T, heads, H] by positions int32[..., T], half-split pairs, in float32; keeps x's dtype."""
-        cos, sin = self.cos_sin(positions)
-        if positions.shape[-1] >= _MANY:  # else XLA looks them up again for every head
-            cos, sin = lax.optimization_barrier((cos, sin))
-        cos, sin = cos[..., None, :], sin[..., None, :]
+        """Rotates x [..., T, heads, H] by positions int32[..., T], half-split pairs: float32."""
+        cos, sin = (sine[..., None, :] for sine in self._sines(positions))
         a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+    def _sines(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """`cos_sin`, of many positions an array of its own: else XLA computes them again for every head."""
+        sines = self.cos_sin(positions)
+        return lax.optimization_barrier(sines) if positions.shape[-1] >= _MANY else sines
 
     def rotate_keys(self, k_BTKH: jax.Array, positions_BT: jax.Array) -> jax.Array:
-        """Keys as the cache holds them: rotated at j mod s, not scaled by any temperature."""
+        """Keys rotated at j mod s, not scaled by any temperature, float32: the cache rounds them once it has mixed them."""
         return self.rotate(k_BTKH, self.key_positions(positions_BT))
 
     def rotate_queries(
@@ -164,13 +167,16 @@ class Rotary:
         *,
         scale_B: jax.Array | None = None,
         critical: bool = False,
+        dtype: DTypeLike | None = None,
     ) -> jax.Array:
-        """Queries as keys of `stage` see them, times scale_B; rounded once, to q's dtype. `critical`: see `query_positions`."""
+        """Queries as keys of `stage` see them, times scale_B; rounded once, to `dtype`, that of the keys they meet, by default
+        q's. `critical`: see `query_positions`."""
+        dtype = q_BTNH.dtype if dtype is None else dtype
         q = q_BTNH.astype(jnp.float32)
         if scale_B is not None:
             q = q * scale_B.astype(jnp.float32)[:, None, None, None]
         q = self.rotate(q, self.query_positions(positions_BT, stage, critical=critical))
-        return quantised.mix_queries(q, q_BTNH.dtype) if self.mixed else q.astype(q_BTNH.dtype)
+        return mix(q, dtype) if self.mixed else q.astype(dtype)
 
     def query_stages(
         self,
@@ -179,27 +185,22 @@ class Rotary:
         *,
         scale_B: jax.Array | None = None,
         critical: bool = False,
+        dtype: DTypeLike | None = None,
     ) -> jax.Array:
-        """`rotate_queries` for each of `stages`: [stages, B, T, N, H], of q's dtype."""
-
-        def rotations(q_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """`rotate_queries` for each of `stages`: [stages, B, T, N, H]."""
+        if not self.mixed:
             return jnp.stack([
-                self.rotate_queries(q_BTNH, positions_BT, stage, scale_B=scale_B, critical=critical)
+                self.rotate_queries(q_BTNH, positions_BT, stage, scale_B=scale_B, critical=critical, dtype=dtype)
                 for stage in self.stages
             ])  # fmt: skip
-
-        T = q_BTNH.shape[1]
-        if not self.mixed or T <= _MIXED:
-            return rotations(q_BTNH, positions_BT)
-
-        def tile(n: jax.Array, out: jax.Array) -> jax.Array:
-            start = jnp.minimum(n * _MIXED, T - _MIXED)
-            q = lax.dynamic_slice_in_dim(q_BTNH, start, _MIXED, 1)
-            positions = lax.dynamic_slice_in_dim(positions_BT, start, _MIXED, positions_BT.ndim - 1)
-            return lax.dynamic_update_slice_in_dim(out, rotations(q, positions), start, 2)
-
-        out = lax.empty((len(self.stages), *q_BTNH.shape), q_BTNH.dtype)
-        return lax.fori_loop(0, -(-T // _MIXED), tile, out)
+        positions_PBT = jnp.stack([
+            self.query_positions(jnp.atleast_2d(positions_BT), stage, critical=critical) for stage in self.stages
+        ])  # fmt: skip
+        cos_PBTJ, sin_PBTJ = self._sines(positions_PBT)
+        if scale_B is not None:
+            scale_B11 = scale_B.astype(jnp.float32)[:, None, None]
+            cos_PBTJ, sin_PBTJ = cos_PBTJ * scale_B11, sin_PBTJ * scale_B11
+        return mixed_rotations(q_BTNH, cos_PBTJ, sin_PBTJ, dtype=q_BTNH.dtype if dtype is None else dtype)
 
     def stage_starts(self, i: jax.Array) -> tuple[jax.Array, jax.Array]:
         """First SUCC key and first INTRA key of a query at absolute position i, int32; INTER keys start at 0."""

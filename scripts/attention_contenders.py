@@ -147,6 +147,7 @@ class Contender:
 def ours(shape: Shape, backend: str, **options: Any) -> Contender:
     """The public call, compiled; `options` go to the backend."""
     rotary = tools.rotary(shape.head_dim, shape.dca)
+    rotary = dataclasses.replace(rotary, mixed=shape.cache != "bfloat16")
     decode = shape.queries == 1
     function = decode_attend if decode else attend
     if options:

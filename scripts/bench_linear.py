@@ -77,7 +77,7 @@ def runner(config: ModelConfig, arrays: Arrays, matmul: str | None) -> tuple[Cal
     def attend(
         q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache | None, layer: jax.Array
     ) -> tuple[jax.Array, KVCache | None]:
-        return q + 1e-3 * (k.mean() + v.mean()), cache  # keys and values must be made
+        return q + 1e-3 * (k.mean() + v.mean()).astype(q.dtype), cache  # keys and values must be made
 
     @jax.jit
     def run(state: nnx.State, x_BTD: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ get. Outputs are compared by relative norm: bfloat16 must stay within 1e-2 (2e-3
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import math
 import sys
@@ -30,6 +31,7 @@ from qwen_jax.kernels.line_scores.api import BACKENDS as LINES
 from qwen_jax.kernels.line_scores.api import line_scores
 from qwen_jax.kernels.merge import merge
 from qwen_jax.kernels.quantised import expand, quantise
+from qwen_jax.kernels.rotations.api import BACKENDS as ROTATIONS
 from qwen_jax.kernels.sparse_attention.api import BACKENDS as SPARSE
 from qwen_jax.kernels.sparse_attention.bands import tile_distances
 from qwen_jax.kernels.sparse_attention.computed import computed_keys
@@ -104,6 +106,14 @@ CUTOFF_CASES: dict[str, tuple[Any, ...]] = {
     "heavy ones": (4, 50_000, [29, 1000, 40_000, 300_000], Heavy(47_000, 128)),
 }  # fmt: skip
 
+# name: (B, T, N, whether rows of the batch share their sines, dtype of the keys)
+ROTATION_CASES: dict[str, tuple[int, int, int, bool, str]] = {
+    "a piece": (1, 32_768, 28, True, "bfloat16"),
+    "no whole tile": (1, 4104, 40, True, "float16"),
+    "a batch, each row with sines of its own": (3, 640, 5, False, "float16"),
+    "a batch, one head": (2, 256, 1, True, "bfloat16"),
+}
+
 # name: base-2 exponent of key j in every row, beside random ones of about 1. Whatever a kernel takes for a maximum
 # early on is then wrong by more than float32's exponents reach.
 SLOPES: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -173,7 +183,7 @@ def _prefill_program(backend: str, rotary: Rotary) -> Callable[..., Any]:
     return jax.jit(functools.partial(PREFILL[backend], rotary=rotary))
 
 
-def check_prefill(backend: str, case: tuple[Any, ...], seed: int) -> tuple[float, float, bool]:
+def check_prefill(backend: str, case: tuple[Any, ...], seed: int, keys: str) -> tuple[float, float, bool]:
     """(worst relative error of out, worst error of lse, are empty rows 0 and -inf)."""
     B, T, N, K, H, capacity, q_start, kv_len, dca, *slope = case
     rotary = tools.rotary(H, dca)
@@ -187,7 +197,7 @@ def check_prefill(backend: str, case: tuple[Any, ...], seed: int) -> tuple[float
         q = q.at[..., H // 2 - 1].set(16.0)
         k = k.at[..., H // 2 - 1].set(slope[0](jnp.arange(capacity)).astype(k.dtype))
     end = min(capacity, -(-(q_start + T) // 512) * 512)
-    k, v = (x.at[:, :, :, end:].set(jnp.nan) for x in (k, v))
+    k, v = (x.at[:, :, :, end:].set(jnp.nan) for x in (k.astype(keys), v))
 
     leave_nan_behind()
     out, lse = _prefill_program(backend, rotary)(
@@ -211,7 +221,7 @@ def check_prefill(backend: str, case: tuple[Any, ...], seed: int) -> tuple[float
     return worst_out, worst_lse, empty_right
 
 
-def check_sparse(backend: str, case: tuple[Any, ...], seed: int) -> tuple[float, float, bool]:
+def check_sparse(backend: str, case: tuple[Any, ...], seed: int, keys: str) -> tuple[float, float, bool]:
     """Like `check_prefill`, of the real queries, against the keys of the contract."""
     B, T, N, K, H, capacity, q_start, kv_len, dca, most_columns, most_bands, *devices = case
     rotary = tools.rotary(H, dca)
@@ -220,7 +230,7 @@ def check_sparse(backend: str, case: tuple[Any, ...], seed: int) -> tuple[float,
     q = tools.random(seed, (B, T, N, H))
     k, v = (tools.random(seed + n, (layers, B, K, capacity, H)) for n in (1, 2))
     end = min(capacity, -(-(q_start + T) // 512) * 512)
-    k, v = (x.at[:, :, :, end:].set(jnp.nan).at[0].set(jnp.nan) for x in (k, v))
+    k, v = (x.at[:, :, :, end:].set(jnp.nan).at[0].set(jnp.nan) for x in (k.astype(keys), v))
     columns, bands = random_lines(
         np.random.default_rng(seed), (B, N), capacity, q_start + T, most_columns, most_bands
     )
@@ -298,6 +308,7 @@ def check_decode(backend: str, case: tuple[Any, ...], seed: int) -> tuple[float,
     cache, special = (*rest, *("bfloat16", None)[len(rest) :])
     B = len(positions)
     rotary = tools.rotary(H, dca)
+    met = dataclasses.replace(rotary, mixed=cache != "bfloat16")
     layers, layer, scale = 2, 1, 1.3 * H**-0.5
     q = tools.random(seed, (B, N, H))
     k, v = (tools.random(seed + n, (layers, B, K, capacity, H)) for n in (1, 2))
@@ -316,7 +327,7 @@ def check_decode(backend: str, case: tuple[Any, ...], seed: int) -> tuple[float,
     @jax.jit
     def run(q: Any, arrays: Any, rank: Any, layer: Any, position: Any, prompt: Any, scale: Any) -> Any:
         return DECODE[backend](
-            q, **arrays, layer=layer, position_B=position, prompt_len_B=prompt, rotary=rotary, scale_B=scale,
+            q, **arrays, layer=layer, position_B=position, prompt_len_B=prompt, rotary=met, scale_B=scale,
             share=Share(blocks, rank) if blocks else EVERYTHING,
         )  # fmt: skip
 
@@ -348,13 +359,13 @@ def check_decode(backend: str, case: tuple[Any, ...], seed: int) -> tuple[float,
     return worst_out, worst_lse, empty_right
 
 
-def check_lines(backend: str, case: tuple[Any, ...], seed: int) -> tuple[float, float, bool]:
+def check_lines(backend: str, case: tuple[Any, ...], seed: int, keys: str) -> tuple[float, float, bool]:
     """(worst relative error of a head's columns, of its diagonals, are heads without queries -inf); against float32."""
     B, T, N, K, H, capacity, q_start, kv_len, dca, last_queries, *devices = case
     rotary = tools.rotary(H, dca)
     blocks = Blocks.fitting(*devices, rotary.chunk_len) if devices else None
     q = tools.random(seed, (B, T, N, H))
-    k = tools.random(seed + 1, (2, B, K, capacity, H))
+    k = tools.random(seed + 1, (2, B, K, capacity, H)).astype(keys)
     end = max(min(q_start + T, n) for n in kv_len)
     k = k.at[0].set(jnp.nan).at[:, :, :, -(-end // 128) * 128 :].set(jnp.nan)
 
@@ -417,6 +428,18 @@ def check_cutoffs(backend: str, case: tuple[Any, ...], seed: int) -> tuple[float
     return *wrong, True
 
 
+def check_rotations(backend: str, case: tuple[Any, ...], seed: int) -> tuple[float, float, bool]:
+    """(relative error, that of the worst vector, is everything finite); against float32."""
+    B, T, N, shared, dtype = case
+    q = tools.random(seed, (B, T, N, 128))
+    cos, sin = (tools.random(seed + n, (3, 1 if shared else B, T, 64)).astype(jnp.float32) for n in (1, 2))
+    leave_nan_behind()
+    got = ROTATIONS[backend](q, cos, sin, dtype=jnp.dtype(dtype))
+    want = ROTATIONS["xla"](q.astype(jnp.float32), cos, sin, dtype=jnp.dtype(jnp.float32))
+    off = jnp.linalg.norm(got.astype(jnp.float32) - want, axis=-1) / jnp.linalg.norm(want, axis=-1)
+    return tools.relative_error(got, want), float(off.max()), bool(jnp.isfinite(got).all())
+
+
 def scratch_bytes() -> dict[str, tuple[int, int]]:
     """Of compiled programs: (bytes of scratch, bytes of one layer's keys), for caches too large to copy unnoticed."""
     rotary = tools.rotary(128, tools.QWEN_1M)
@@ -463,18 +486,28 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--backends", default="mosaic_gpu,cudnn", help="comma separated")
     parser.add_argument(
+        "--keys",
+        default="bfloat16",
+        choices=("bfloat16", "float16"),
+        help="their dtype in prefill, sparse and lines",
+    )
+    parser.add_argument(
         "--only",
         default="",
         help="cases whose kind and name contain one of these, comma separated; the kinds are prefill, sparse, lines, "
-        "cutoffs, decode and scratch (no copy of the cache)",
+        "rotations, cutoffs, decode and scratch (no copy of the cache)",
     )
     arguments = parser.parse_args()
     wanted = arguments.only.split(",")
+    prefill, sparse, lines = (
+        functools.partial(check, keys=arguments.keys) for check in (check_prefill, check_sparse, check_lines)
+    )
     failures = 0
     for kind, cases, backends, check, measures in (
-        ("prefill", PREFILL_CASES, PREFILL, check_prefill, ("out", "lse")),
-        ("sparse", SPARSE_CASES, SPARSE, check_sparse, ("out", "lse")),
-        ("lines", LINE_CASES, LINES, check_lines, ("columns", "diagonals")),
+        ("prefill", PREFILL_CASES, PREFILL, prefill, ("out", "lse")),
+        ("sparse", SPARSE_CASES, SPARSE, sparse, ("out", "lse")),
+        ("lines", LINE_CASES, LINES, lines, ("columns", "diagonals")),
+        ("rotations", ROTATION_CASES, ROTATIONS, check_rotations, ("out", "worst")),
         ("cutoffs", CUTOFF_CASES, CUTOFFS, check_cutoffs, ("wrong", "wrong with ties")),
         ("decode", DECODE_CASES, DECODE, check_decode, ("out", "lse")),
     ):

@@ -19,6 +19,7 @@ from qwen_jax.attention import prefill_layer
 from qwen_jax.cache import KVCache, write_chunk
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.blocks import Share
+from qwen_jax.kernels.mixing import unmix
 from qwen_jax.kernels.quantised import expand
 from qwen_jax.kernels.sparse_attention.bands import BAND, tile_distances
 from qwen_jax.linear import IN_CUBLAS
@@ -208,7 +209,7 @@ def row_errors(
 ) -> dict[int, dict[int, float]]:
     """Relative error of attention by layer, the first and the last, and position, the first and last of the probed pieces.
 
-    Against float32 from what the cache holds: an 8-bit cache is expanded.
+    Against float32 from what the cache holds: an 8-bit cache is expanded, mixed keys are unmixed.
     """
     scale = float(model.score_scale(*[jnp.array([tokens])] * 2)[0])
     group = model.config.num_heads // model.config.num_kv_heads
@@ -250,7 +251,8 @@ def row_errors(
 def _float_head(layer: KVCache, head: int) -> tuple[jax.Array, jax.Array]:
     """Keys and values of one head of one layer, float32[S, H], from arrays [K, S, H] and [K, S]."""
     if layer.k_scale is None or layer.v_scale is None:
-        return layer.k[head].astype(jnp.float32), layer.v[head].astype(jnp.float32)
+        k, v = (x[head].astype(jnp.float32) for x in (layer.k, layer.v))
+        return unmix(k) if layer.k.dtype.itemsize < 4 else k, v
     return (
         expand(layer.k[head], layer.k_scale[head], jnp.float32),
         expand(layer.v[head], layer.v_scale[head], jnp.float32),

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_jax import rope
 from qwen_jax.config import DualChunk, Yarn
+from qwen_jax.kernels import mixing
 from qwen_jax.rope import Rotary, Stage, inverse_frequencies, temperature
 from tests.oracle import dual_chunk_distances, temperatures
 
@@ -71,7 +71,7 @@ def test_angles_are_exact_up_to_a_million(theta: float) -> None:
     assert np.abs(np.asarray(sin, np.float64) - np.sin(angles)).max() <= 3e-7
 
 
-def test_rotation_is_half_split_and_keeps_the_dtype() -> None:
+def test_rotation_is_half_split_and_in_float32() -> None:
     rng = np.random.default_rng(1)
     x = rng.standard_normal((2, 5, 3, 8)).astype(np.float32)
     positions = rng.integers(100, size=(2, 5))
@@ -79,9 +79,9 @@ def test_rotation_is_half_split_and_keeps_the_dtype() -> None:
     z = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * positions[..., None, None] * 1e4 ** (-np.arange(4) / 4))
     expected = np.concatenate([z.real, z.imag], axis=-1)
     np.testing.assert_allclose(rotary.rotate(x, jnp.asarray(positions)), expected, atol=1e-6)
-    half = rotary.rotate(jnp.asarray(x, jnp.bfloat16), jnp.asarray(positions))
-    assert half.dtype == jnp.bfloat16
-    np.testing.assert_allclose(half.astype(jnp.float32), expected, atol=3e-2)
+    of_bfloat16 = rotary.rotate(jnp.asarray(x, jnp.bfloat16), jnp.asarray(positions))
+    assert of_bfloat16.dtype == jnp.float32
+    np.testing.assert_allclose(of_bfloat16, expected, atol=3e-2)
 
 
 # Dual chunk attention.
@@ -232,19 +232,21 @@ def test_temperature_of_a_batch_and_of_a_scalar() -> None:
 
 
 @pytest.mark.parametrize("positions", ["of all rows", "a row"])
-def test_mixed_queries_come_in_tiles(monkeypatch: pytest.MonkeyPatch, positions: str) -> None:
-    rotary = dataclasses.replace(Rotary(1e4, 16, 4096, dca=DualChunk(320, 64)), mixed=True)
+@pytest.mark.parametrize("critical", [False, True])
+def test_mixed_queries_of_all_stages(positions: str, critical: bool) -> None:
+    rotary = Rotary(1e4, 16, 4096, dca=DualChunk(320, 64))
     q = jnp.asarray(np.random.default_rng(0).standard_normal((2, 50, 3, 16)), jnp.bfloat16)
-    i = (
-        jnp.arange(700, 750)
-        if positions == "of all rows"
-        else jnp.stack([jnp.arange(50), jnp.arange(700, 750)])
-    )
+    i = jnp.arange(700, 750)
+    i = i if positions == "of all rows" else jnp.stack([jnp.arange(50), i])
     scale = jnp.array([0.3, 0.7])
-    want = [rotary.rotate_queries(q, i, stage, scale_B=scale) for stage in rotary.stages]
-    monkeypatch.setattr(rope, "_MIXED", 16)
-    got = rotary.query_stages(q, i, scale_B=scale)
+    turned = jnp.stack([
+        rotary.rotate_queries(q.astype(jnp.float32), i, stage, scale_B=scale, critical=critical)
+        for stage in rotary.stages
+    ])  # fmt: skip
+    want = np.asarray(turned, np.float64) @ mixing.signs(16)
+    mixed = dataclasses.replace(rotary, mixed=True)
+    got = mixed.query_stages(q, i, scale_B=scale, critical=critical)
     assert got.dtype == q.dtype
-    np.testing.assert_allclose(
-        got.astype(jnp.float32), jnp.stack(want).astype(jnp.float32), rtol=1e-2, atol=1e-2
-    )
+    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=2.0**-8, atol=1e-5)
+    one = mixed.rotate_queries(q, i, Stage.SUCC, scale_B=scale, critical=critical)
+    np.testing.assert_allclose(np.asarray(one, np.float64), want[1], rtol=2.0**-8, atol=1e-5)

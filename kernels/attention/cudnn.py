@@ -44,7 +44,9 @@ def attend(
     T = q_BTNH.shape[1]
     S = k_LBKSH.shape[3]
     q_start, kv_len_B = jnp.asarray(q_start, jnp.int32), jnp.asarray(kv_len_B, jnp.int32)
-    k_BKSH, v_BKSH = (lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (k_LBKSH, v_LBKSH))
+    k_BKSH, v_BKSH = (
+        lax.dynamic_index_in_dim(x, layer, keepdims=False).astype(q_BTNH.dtype) for x in (k_LBKSH, v_LBKSH)
+    )
     i_T = q_start + jnp.arange(T, dtype=jnp.int32)
 
     def part(
@@ -101,7 +103,7 @@ def _refusal(q_BTNH: jax.Array, k_LBKSH: jax.Array, v_LBKSH: jax.Array) -> str |
         return f"runs on NVIDIA GPUs, not on a {jax.default_backend()}"
     if "cuda" not in jax.devices()[0].client.platform_version.lower():
         return "runs on NVIDIA GPUs"
-    dtypes = {q_BTNH.dtype, k_LBKSH.dtype, v_LBKSH.dtype}
+    dtypes = {q_BTNH.dtype, v_LBKSH.dtype} | ({k_LBKSH.dtype} - {jnp.dtype(jnp.float16)})
     if dtypes not in ({jnp.dtype(jnp.bfloat16)}, {jnp.dtype(jnp.float16)}):
         return f"needs bfloat16 or float16 throughout, got {', '.join(sorted(str(d) for d in dtypes))}"
     if q_BTNH.shape[3] % 8 or q_BTNH.shape[3] > 128:

@@ -88,14 +88,15 @@ def heads_together(problem: Problem) -> int:
 
 
 def prefill(
-    problem: Problem, tiling: Tiling, dtype: Any, interpret: Any = None
+    problem: Problem, tiling: Tiling, dtypes: tuple[Any, Any], interpret: Any = None
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """The kernel of these shapes: (where, kv_len, q, k, v) -> (out [B, T, N, H], lse [B, N, T rounded up to items]).
 
     where: int32[5], (layer, q_start, slots of the first SUCC and of the first INTRA key, rank). kv_len: int32[B].
     q: [versions * B, T, N, H], versions in key order, scaled so that q . k is a base-2 exponent. k, v: [L * B * K, S, H].
-    T and S are multiples of 8. lse is natural.
+    T and S are multiples of 8. lse is natural. dtypes: of q and k, and of v and out.
     """
+    values_dtype = dtypes[1]
     B, T, N, H = problem.batch, problem.queries, problem.heads, problem.head_dim
     wgs, bkv, stages = tiling.wgs, tiling.block_kv, tiling.stages
     q_tiles = pl.cdiv(T, tiling.rows)
@@ -178,7 +179,7 @@ def prefill(
             softmax = walk(jnp.int32(0), full, tiles, first)
             out, natural = softmax.normalised()
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the item before has left o and lse
-            o[...] = out.astype(dtype)
+            o[...] = out.astype(values_dtype)
             lse[...] = natural
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(o, out_ref.at[b, pl.ds(t, ROWS), head])
@@ -256,8 +257,8 @@ def prefill(
                 ):
                     pl.when(warp == w)(load)
 
-    q_tile = plgpu.SMEM((wgs, ROWS, H), dtype, transforms=tiled(2, H))
-    kv_ring = plgpu.SMEM((stages, bkv, H), dtype, transforms=tiled(2, H))
+    q_tile, o_tile = (plgpu.SMEM((wgs, ROWS, H), dtype, transforms=tiled(2, H)) for dtype in dtypes)
+    k_ring, v_ring = (plgpu.SMEM((stages, bkv, H), dtype, transforms=tiled(2, H)) for dtype in dtypes)
     free: Any = plgpu.Barrier(num_arrivals=wgs, num_barriers=stages)
     shared: dict[str, Any] = {}
     if tiling.cluster > 1:
@@ -267,11 +268,11 @@ def prefill(
         kernel,
         kernel_name="dense_prefill",
         out_type=[
-            jax.ShapeDtypeStruct((B, T, N, H), dtype),
+            jax.ShapeDtypeStruct((B, T, N, H), values_dtype),
             jax.ShapeDtypeStruct((B, N, q_tiles * tiling.rows), jnp.float32),
         ],
         scratch_types=[
-            q_tile, kv_ring, kv_ring, q_tile, plgpu.SMEM((wgs, ROWS), jnp.float32),
+            q_tile, k_ring, v_ring, o_tile, plgpu.SMEM((wgs, ROWS), jnp.float32),
             plgpu.Barrier(num_barriers=wgs), plgpu.Barrier(num_barriers=wgs),
             *[plgpu.Barrier(num_barriers=stages), free] * 2,
         ],

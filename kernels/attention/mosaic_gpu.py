@@ -6,12 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from qwen_jax.kernels.attention.backward import with_reference_backward
 from qwen_jax.kernels.attention.hopper import Problem, Tiling, prefill
 from qwen_jax.kernels.attention.specs import tiling_for
 from qwen_jax.kernels.blocks import EVERYTHING, Share
-from qwen_jax.kernels.hopper import LOG2E, why_not_hopper, why_not_shared
+from qwen_jax.kernels.hopper import KEY_DTYPES, LOG2E, why_not_hopper, why_not_shared
 from qwen_jax.rope import Rotary
 
 ROW_TILE = 8  # TMA with swizzled tiles moves rows in eights
@@ -68,10 +69,9 @@ def attend(
 def refusal(q_BTNH: jax.Array, k_LBKSH: jax.Array, v_LBKSH: jax.Array, rotary: Rotary) -> str | None:
     """Why the kernel cannot serve these shapes and dtypes, or None."""
     head_dim, capacity = k_LBKSH.shape[4], k_LBKSH.shape[3]
-    if {q_BTNH.dtype, k_LBKSH.dtype, v_LBKSH.dtype} != {jnp.dtype(jnp.bfloat16)}:
-        return (
-            f"needs bfloat16 queries, keys and values, got {q_BTNH.dtype}, {k_LBKSH.dtype}, {v_LBKSH.dtype}"
-        )
+    if {q_BTNH.dtype, v_LBKSH.dtype} != {jnp.dtype(jnp.bfloat16)} or k_LBKSH.dtype not in KEY_DTYPES:
+        got = f"{q_BTNH.dtype}, {k_LBKSH.dtype}, {v_LBKSH.dtype}"
+        return f"needs bfloat16 queries and values, and keys of bfloat16 or float16, got {got}"
     if head_dim not in (64, 128):
         return f"needs a head dimension of 64 or 128, got {head_dim}"
     if capacity % ROW_TILE:
@@ -102,13 +102,15 @@ def _attend(
     layer, q_start, kv_len_B = integers
     problem = problem_of(q_BTNH, k_LBKSH, rotary, share)
     T, S, H = q_BTNH.shape[1], problem.capacity, problem.head_dim
-    kernel = prefill(problem, tiling, q_BTNH.dtype, interpret)
+    kernel = prefill(problem, tiling, (k_LBKSH.dtype, v_LBKSH.dtype), interpret)
     held = share or EVERYTHING
     succ, intra = (held.below(start) for start in rotary.stage_starts(q_start))
     out, lse_BNT = kernel(
         jnp.stack([layer, q_start, succ, intra, jnp.int32(held.rank)]),
         kv_len_B,
-        rotations(q_BTNH, q_start, scale_B.astype(jnp.float32) * LOG2E, rotary, problem.queries),
+        rotations(
+            q_BTNH, q_start, scale_B.astype(jnp.float32) * LOG2E, rotary, problem.queries, k_LBKSH.dtype
+        ),
         k_LBKSH.reshape(-1, S, H),
         v_LBKSH.reshape(-1, S, H),
     )
@@ -119,10 +121,16 @@ _differentiable = with_reference_backward(_attend)
 
 
 def rotations(
-    q_BTNH: jax.Array, q_start: jax.Array, factor_B: jax.Array | None, rotary: Rotary, queries: int
+    q_BTNH: jax.Array,
+    q_start: jax.Array,
+    factor_B: jax.Array | None,
+    rotary: Rotary,
+    queries: int,
+    dtype: DTypeLike,
 ) -> jax.Array:
-    """The queries as each stage's keys see them, times factor_B, rounded once, in key order: [stages * B, queries, N, H]."""
+    """The queries as each stage's keys see them, times factor_B, rounded once, to `dtype`: [stages * B, queries, N, H], in key
+    order."""
     _, T, N, H = q_BTNH.shape
     i_T = q_start + jnp.arange(T, dtype=jnp.int32)
-    q = rotary.query_stages(q_BTNH, i_T, scale_B=factor_B).reshape(-1, T, N, H)
+    q = rotary.query_stages(q_BTNH, i_T, scale_B=factor_B, dtype=dtype).reshape(-1, T, N, H)
     return jnp.pad(q, ((0, 0), (0, queries - T), (0, 0), (0, 0)))

@@ -62,7 +62,7 @@ def attend(
     share = dataclasses.replace(share, rank=jnp.int32(share.rank))
     where = _Where(jnp.int32(layer), jnp.int32(q_start), jnp.asarray(kv_len_B, jnp.int32), share)
     i_T = where.q_start + jnp.arange(T, dtype=jnp.int32)
-    q_PBTNH = rotary.query_stages(q_BTNH, i_T)
+    q_PBTNH = rotary.query_stages(q_BTNH, i_T, dtype=k_LBKSH.dtype)
 
     tile = min(QUERY_TILE, T)
     C = -(-T // tile)
@@ -72,7 +72,7 @@ def attend(
     out_CBKRH, lse_CBKR = _flash(q_CPBKRH, k_LBKSH, v_LBKSH, scale_B, where, rotary, G)
     out = jnp.einsum("CBKTGH->BCTKGH", out_CBKRH.reshape(C, B, K, tile, G, H))
     lse = jnp.einsum("CBKTG->BCTKG", lse_CBKR.reshape(C, B, K, tile, G))
-    return out.reshape(B, C * tile, N, H)[:, :T], lse.reshape(B, C * tile, N)[:, :T]
+    return out.reshape(B, C * tile, N, H)[:, :T].astype(q_BTNH.dtype), lse.reshape(B, C * tile, N)[:, :T]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -104,7 +104,7 @@ def _flash(
         empty = total == 0
         total = jnp.where(empty, 1.0, total)
         lse = jnp.where(empty, -jnp.inf, peak + jnp.log(total))
-        return (out / total[..., None]).astype(q_PBKRH.dtype), lse
+        return (out / total[..., None]).astype(v_LBKSH.dtype), lse
 
     return lax.map(lambda xs: one(*xs), (jnp.arange(len(q_CPBKRH), dtype=jnp.int32), q_CPBKRH))
 

@@ -55,8 +55,10 @@ def decode_attend(
 
     Raises:
         NotImplementedError: the named backend, or every backend, refuses; the message holds the reasons.
-        ValueError: no backend of that name.
+        ValueError: no backend of that name, or 8-bit numbers, which are mixed, and a rotary that is not.
     """
+    if k_scale_LBKS is not None and not rotary.mixed:
+        raise ValueError("keys of 8 bits are mixed: the rotary of their queries needs mixed=True")
     return dispatch(
         "decode attention", BACKENDS, backend, q_BNH, k_LBKSH, v_LBKSH,
         layer=layer, position_B=position_B, prompt_len_B=prompt_len_B, rotary=rotary, scale_B=scale_B,

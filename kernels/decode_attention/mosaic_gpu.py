@@ -16,6 +16,7 @@ from qwen_jax.kernels.decode_attention.split import Problem, Tiling, shares
 from qwen_jax.kernels.hopper import LOG2E, why_not_hopper, why_not_shared
 from qwen_jax.kernels.hopper_walk import ROWS
 from qwen_jax.kernels.merge import merge
+from qwen_jax.kernels.mixing import unmix
 from qwen_jax.rope import Rotary, temperature
 
 
@@ -84,7 +85,7 @@ def decode_attend(
     run = _decode_quantised if problem.quantised else _decode
     out_BKPGH, lse_BKPG = run(problem, tiling, arguments, q_VBKGH, [*caches, *scales], interpret)
     merged_BKGH, merged_BKG = merge(out_BKPGH, lse_BKPG, axis=2)
-    merged_BKGH = quantised.unmix(merged_BKGH) if problem.quantised else merged_BKGH
+    merged_BKGH = unmix(merged_BKGH) if problem.quantised else merged_BKGH
     return merged_BKGH.reshape(B, N, H).astype(q_BNH.dtype), merged_BKG.reshape(B, N)
 
 
@@ -116,7 +117,6 @@ def _decode_quantised(
     """As `_decode`, of mixed values."""
     B, K, G, H = q_VBKGH.shape[1:]
     workers = Workers(H, caches[0].dtype, bool(interpret))
-    q_VBKGH = quantised.mix(q_VBKGH)
     # Powers of two that bring the largest entry of a KV head's queries to 2^10, well inside float16.
     largest_BK = jnp.maximum(jnp.abs(q_VBKGH).max((0, 3, 4)), 2.0**-60)
     unit_BK = jnp.ldexp(jnp.float32(1), jnp.frexp(largest_BK)[1] - 11)

@@ -11,6 +11,7 @@ from qwen_jax.kernels import quantised
 from qwen_jax.kernels.blocks import EVERYTHING, Share
 from qwen_jax.kernels.decode_attention.tpu import QUERY_ROWS, Problem, decode
 from qwen_jax.kernels.merge import merge
+from qwen_jax.kernels.mixing import unmix
 from qwen_jax.kernels.tpu import LANES, LOG2E, alignment, as_it_lies, generation, target, why_not_tpu
 from qwen_jax.rope import Rotary, temperature
 
@@ -77,8 +78,6 @@ def decode_attend(
     factor_B = scale_B.astype(jnp.float32) * LOG2E * warmth_B
     q_B1NH = q_BNH.astype(jnp.float32)[:, None]
     q_BPNH = jnp.concatenate(list(rotary.query_stages(q_B1NH, query_B[:, None], scale_B=factor_B)), axis=1)
-    mixed = k_scale_LBKS is not None  # an 8-bit cache is
-    q_BPNH = quantised.mix(q_BPNH) if mixed else q_BPNH
     q_BPKRH = jnp.pad(
         q_BPNH.astype(q_BNH.dtype).reshape(B, problem.versions, K, G, H),
         ((0, 0), (0, 0), (0, 0), (0, problem.rows - G), (0, 0)),
@@ -93,7 +92,7 @@ def decode_attend(
         *(x.astype(jnp.float32) for x in (k_scale_LBKS, v_scale_LBKS) if x is not None),
     )
     out_BKGH, lse_BKG = merge(out_BCKRH[:, :, :, :G], lse[:, :, :, :G, 0], axis=1)
-    out_BKGH = quantised.unmix(out_BKGH) if mixed else out_BKGH
+    out_BKGH = unmix(out_BKGH) if v_scale_LBKS is not None else out_BKGH
     return out_BKGH.reshape(B, N, H).astype(q_BNH.dtype), lse_BKG.reshape(B, N)
 
 

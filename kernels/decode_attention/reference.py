@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qwen_jax.kernels import quantised
 from qwen_jax.kernels.attention.reference import read_tile
 from qwen_jax.kernels.blocks import EVERYTHING, Share
+from qwen_jax.kernels.mixing import unmix
 from qwen_jax.kernels.products import einsum
 from qwen_jax.rope import Rotary, Stage, temperature
 
@@ -43,9 +43,6 @@ def decode_attend(
     q_BPNH = jnp.stack(
         [rotary.rotate_queries(q_BNH[:, None], position_B[:, None], stage)[:, 0] for stage in stages], axis=1
     )
-    mixed = k_scale_LBKS is not None  # the tiles of an 8-bit cache are
-    if mixed:
-        q_BPNH = quantised.mix(q_BPNH).astype(q_BNH.dtype)
     q_BKPGH = jnp.einsum("BPKGH->BKPGH", q_BPNH.reshape(B, len(stages), K, G, H))
     succ_B, intra_B = rotary.stage_starts(jnp.maximum(position_B, 0))
 
@@ -88,7 +85,7 @@ def decode_attend(
     total = jnp.where(empty, 1.0, total)
     lse = jnp.where(empty, -jnp.inf, peak + jnp.log(total))
     out = out / total[..., None]
-    out = quantised.unmix(out) if mixed else out
+    out = unmix(out) if v_scale_LBKS is not None else out
     return out.astype(q_BNH.dtype).reshape(B, N, H), lse.reshape(B, N)
 
 

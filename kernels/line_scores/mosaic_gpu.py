@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qwen_jax.kernels.blocks import EVERYTHING, Share
-from qwen_jax.kernels.hopper import LOG2E, why_not_hopper, why_not_shared
+from qwen_jax.kernels.hopper import KEY_DTYPES, LOG2E, why_not_hopper, why_not_shared
 from qwen_jax.kernels.line_scores.hopper import Problem, Tiling, line_sums, log_sum_exps
 from qwen_jax.kernels.line_scores.hopper_sums import TILE
 from qwen_jax.kernels.line_scores.last_queries import ROWS, last_queries_of
@@ -54,17 +54,17 @@ def attention_sums(
     problem = Problem(3 if rotary.dca else 1, B, N, K, S, H, share.blocks if share else None)
     last = last_queries_of(
         q_BTNH, q_start=q_start, end_B=end_B, rotary=rotary, factor_B=scale_B.astype(jnp.float32) * LOG2E,
-        last_queries=last_queries, first=first,
+        last_queries=last_queries, first=first, dtype=k_LBKSH.dtype,
     )  # fmt: skip
     q = last.q.reshape(-1, G, ROWS, H)
     k = k_LBKSH.reshape(-1, S, H)
     where = jnp.stack([layer, *map(held.below, rotary.stage_starts(q_start)), jnp.int32(held.rank)])
     seen_B = held.below(last.end)
     rows = jnp.stack([last.first, seen_B], axis=1).reshape(-1)
-    parts = log_sum_exps(problem, tiling, q_BTNH.dtype, interpret)(where, rows, q, k)
+    parts = log_sum_exps(problem, tiling, q.dtype, interpret)(where, rows, q, k)
     lse_BKGR = _log_sum_exp(parts.reshape(B, K, -1, G, ROWS), held.axis)
     lse_BKGR = jnp.where(last.real[:, None, None], lse_BKGR, jnp.inf)
-    columns, diagonals = line_sums(problem, tiling, q_BTNH.dtype, interpret)(
+    columns, diagonals = line_sums(problem, tiling, q.dtype, interpret)(
         where, rows, q, k, lse_BKGR.reshape(-1, G, ROWS)
     )
     return columns.reshape(B, N, -1)[..., :S], _by_distance(
@@ -77,8 +77,8 @@ def refusal(
 ) -> str | None:
     """Why the kernels cannot serve these shapes and dtypes, or None."""
     K, capacity, head_dim = k_LBKSH.shape[2:]
-    if {q_BTNH.dtype, k_LBKSH.dtype} != {jnp.dtype(jnp.bfloat16)}:
-        return f"needs bfloat16 queries and keys, got {q_BTNH.dtype}, {k_LBKSH.dtype}"
+    if q_BTNH.dtype != jnp.bfloat16 or k_LBKSH.dtype not in KEY_DTYPES:
+        return f"needs bfloat16 queries and keys of bfloat16 or float16, got {q_BTNH.dtype}, {k_LBKSH.dtype}"
     if head_dim not in (64, 128):
         return f"needs a head dimension of 64 or 128, got {head_dim}"
     if last_queries > ROWS:

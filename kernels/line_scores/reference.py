@@ -68,10 +68,12 @@ def _one_row(
     i_R = q_start + first_row + jnp.arange(R, dtype=jnp.int32)
     q_RNH = lax.dynamic_slice(q_TNH, (first_row, 0, 0), (R, N, H))
     real_R1 = ((i_R >= first) & (i_R < end))[:, None]
-    q_stages = {
-        stage: jnp.swapaxes(rotary.rotate_queries(q_RNH, i_R, stage, critical=True), 0, 1).reshape(K, N // K * R, H)
-        for stage in rotary.stages
-    }  # fmt: skip
+
+    def seen_by(stage: Stage) -> jax.Array:
+        q = rotary.rotate_queries(q_RNH, i_R, stage, critical=True, dtype=k_LBKSH.dtype)
+        return jnp.swapaxes(q, 0, 1).reshape(K, N // K * R, H)
+
+    q_stages = {stage: seen_by(stage) for stage in rotary.stages}
 
     def walk(step: Callable[[jax.Array, jax.Array, Any], Any], state: Any) -> Any:
         """Folds `step(first slot of the tile, scores [N, R, width], state)` over the tiles of all stages."""

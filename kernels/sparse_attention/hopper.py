@@ -87,7 +87,7 @@ class Problem:
 
 
 def sparse_prefill(
-    problem: Problem, tiling: Tiling, dtype: Any, interpret: Any = None
+    problem: Problem, tiling: Tiling, dtypes: tuple[Any, Any], interpret: Any = None
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """The kernel of these shapes, X = batch * heads, M = tile distances, P = column slots:
 
@@ -97,7 +97,9 @@ def sparse_prefill(
     where: int32[2], (layer, q_start), q_start a multiple of BAND. factor: float32[B], positive: factor * q . k is a
     base-2 exponent. items, near, in_band, column_tile: as in `plan.Plan`, flat. q: [versions * B, T, N, H], versions in
     key order. k, v: [L * B * K, S, H]. k_columns, v_columns: [X, P, H]. T and S are multiples of 8. lse is natural.
+    dtypes: of q and k, and of v and out.
     """
+    values_dtype = dtypes[1]
     B, T, N, H = problem.batch, problem.queries, problem.heads, problem.head_dim
     stages = tiling.stages
     items = B * N * problem.query_tiles
@@ -172,7 +174,7 @@ def sparse_prefill(
             softmax = walk(jnp.int32(0), handed(_BANDS), handed(_STEPS), handed(_SEEN))
             out, natural = softmax.normalised()
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the item before has left o and lse
-            o[...] = out.astype(dtype)
+            o[...] = out.astype(values_dtype)
             lse[...] = natural
             plgpu.commit_smem()
             pair, t = handed(_PAIR), handed(_TILE) * BAND + wg * ROWS
@@ -304,19 +306,19 @@ def sparse_prefill(
                 for w, (load, done) in enumerate(loads):
                     pl.when(warp == w)(functools.partial(run, load, done))
 
-    q_tile = plgpu.SMEM((WGS, ROWS, H), dtype, transforms=tiled(2, H))
-    ring = plgpu.SMEM((stages, BAND, H), dtype, transforms=tiled(2, H))
+    q_tile, o_tile = (plgpu.SMEM((WGS, ROWS, H), dtype, transforms=tiled(2, H)) for dtype in dtypes)
+    k_ring, v_ring = (plgpu.SMEM((stages, BAND, H), dtype, transforms=tiled(2, H)) for dtype in dtypes)
     full = plgpu.Barrier(num_barriers=stages)
     free = plgpu.Barrier(num_arrivals=WGS, num_barriers=stages)
     return plgpu.kernel(
         kernel,
         kernel_name="sparse_prefill",
         out_type=[
-            jax.ShapeDtypeStruct((B, T, N, H), dtype),
+            jax.ShapeDtypeStruct((B, T, N, H), values_dtype),
             jax.ShapeDtypeStruct((B, N, problem.query_tiles * BAND), jnp.float32),
         ],
         scratch_types=[
-            q_tile, ring, ring, q_tile, plgpu.SMEM((WGS, ROWS), jnp.float32),
+            q_tile, k_ring, v_ring, o_tile, plgpu.SMEM((WGS, ROWS), jnp.float32),
             plgpu.SMEM((tiling.rows, BAND), jnp.float32), plgpu.SMEM((WGS, 2, len(_HANDED)), jnp.int32),
             plgpu.Barrier(num_barriers=WGS), plgpu.Barrier(num_barriers=WGS), full, free, full, free,
             plgpu.Barrier(num_barriers=tiling.rows), plgpu.Barrier(num_arrivals=WGS, num_barriers=tiling.rows),

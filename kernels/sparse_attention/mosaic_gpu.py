@@ -69,14 +69,14 @@ def attend_lines(
     problem = Problem(
         len(rotary.stages), B, rows, N, K, S, H, walk.position.shape[1], share.blocks if share else None
     )
-    out, lse_BNT = sparse_prefill(problem, tiling or Tiling(), q_BTNH.dtype, interpret)(
+    out, lse_BNT = sparse_prefill(problem, tiling or Tiling(), (k_LBKSH.dtype, v_LBKSH.dtype), interpret)(
         jnp.stack([layer, q_start - into]),
         scale_B.astype(jnp.float32) * LOG2E,
         walk.items,
         walk.near,
         walk.in_band,
         walk.column_tile,
-        rotations(moved, q_start - into, None, rotary, rows),
+        rotations(moved, q_start - into, None, rotary, rows, k_LBKSH.dtype),
         k_LBKSH.reshape(-1, S, H),
         v_LBKSH.reshape(-1, S, H),
         k_columns,

@@ -12,10 +12,10 @@ import numpy as np
 from jax import lax
 
 from qwen_jax.cache import KVCache, read_layer
-from qwen_jax.kernels import quantised
 from qwen_jax.kernels.attention.api import attend
 from qwen_jax.kernels.blocks import Share
 from qwen_jax.kernels.line_scores.api import line_scores
+from qwen_jax.kernels.mixing import unmix
 from qwen_jax.kernels.sparse_attention.api import attend_lines
 from qwen_jax.kernels.sparse_attention.bands import BAND, bands_of
 from qwen_jax.rope import Rotary
@@ -119,7 +119,7 @@ def attend_prompts(
     k_LBKSH, v_LBKSH, at = read_layer(cache, layer, q_BTNH.dtype)
     common: dict[str, Any] = {
         "layer": at, "q_start": q_start, "scale_B": scale_B, "share": share,
-        "rotary": dataclasses.replace(rotary, mixed=cache.mixed),
+        "rotary": cache.met_by(rotary),
     }  # fmt: skip
     dense = functools.partial(attend, q_BTNH, k_LBKSH, v_LBKSH, backend=backend, **common)
 
@@ -144,7 +144,7 @@ def attend_prompts(
         return out, jnp.where(long_B[:, None, None], sparse_BTN, dense_BTN), lines
 
     out, lse, lines = attend_rows()
-    return quantised.unmix_outputs(out) if cache.mixed else out, lse, lines
+    return out if cache.v_scale is None else unmix(out), lse, lines
 
 
 def choose_lines(

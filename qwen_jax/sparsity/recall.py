@@ -110,7 +110,7 @@ def _measure_piece(
     scale_1 = model.score_scale(length_1, length_1)
     common: dict[str, Any] = {
         "q_start": start,
-        "rotary": model.rotary,
+        "rotary": cache.met_by(model.rotary),
         "scale_B": scale_1,
         "kv_len_B": length_1,
     }

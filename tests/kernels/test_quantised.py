@@ -1,4 +1,4 @@
-"""8-bit vectors: what the mixing is, what is lost, and attention on them against the float64 oracle of the exact inputs."""
+"""8-bit vectors: what is lost, and attention on them against the float64 oracle of the exact inputs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from qwen_jax.config import DualChunk
-from qwen_jax.kernels import quantised
+from qwen_jax.kernels import mixing, quantised
 from qwen_jax.kernels.attention.api import attend
 from qwen_jax.kernels.decode_attention.api import decode_attend
 from qwen_jax.rope import Rotary
@@ -22,34 +22,6 @@ DCA = DualChunk(320, 64)
 S = 640  # two and a half chunks of s = 256
 _attend = jax.jit(attend, static_argnames=("rotary", "backend"))
 _decode_attend = jax.jit(decode_attend, static_argnames=("rotary", "backend"))
-
-
-@pytest.mark.parametrize("head_dim", [16, 80, 128])
-def test_mixing_is_orthogonal(head_dim: int) -> None:
-    identity = jnp.eye(head_dim)
-    matrix = np.asarray(quantised.mix(identity), np.float64)
-    np.testing.assert_allclose(matrix @ matrix.T, np.eye(head_dim), atol=1e-6)
-    np.testing.assert_allclose(quantised.unmix(jnp.asarray(matrix, jnp.float32)), identity, atol=1e-6)
-    # One channel, or all of them alike, end up spread: no number far above the rest.
-    block = head_dim & -head_dim
-    for vector in (identity[3], jnp.ones(head_dim)):
-        mixed = np.abs(quantised.mix(vector))
-        assert mixed.max() <= 3.5 * np.linalg.norm(vector) / block**0.5
-
-
-def test_mixing_never_changes() -> None:
-    """Caches on disk depend on it."""
-    signs = np.sign(np.asarray(quantised.mix(jnp.eye(8))))
-    assert signs.astype(int).tolist() == [
-        [1, 1, 1, 1, 1, 1, 1, 1],
-        [1, -1, 1, -1, 1, -1, 1, -1],
-        [-1, -1, 1, 1, -1, -1, 1, 1],
-        [1, -1, -1, 1, 1, -1, -1, 1],
-        [-1, -1, -1, -1, 1, 1, 1, 1],
-        [-1, 1, -1, 1, 1, -1, 1, -1],
-        [-1, -1, 1, 1, 1, 1, -1, -1],
-        [1, -1, -1, 1, -1, 1, 1, -1],
-    ]
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -71,36 +43,14 @@ def test_a_mixed_layer_has_the_products_and_means_of_what_was_quantised(head_dim
     plain = quantised.expand(numbers, factor, jnp.float32)[1]
     (mixed,) = quantised.read_mixed(numbers, factor, jnp.int32(1), jnp.float32)
     np.testing.assert_allclose(
-        jnp.einsum("TH,BKSH->BKTS", quantised.mix_queries(q, jnp.float32), mixed),
+        jnp.einsum("TH,BKSH->BKTS", mixing.mix(q, jnp.float32), mixed),
         jnp.einsum("TH,BKSH->BKTS", q, plain),
         atol=1e-4,
     )
     np.testing.assert_allclose(
-        quantised.unmix_outputs(jnp.einsum("TS,BKSH->BKTH", p, mixed)), jnp.einsum("TS,BKSH->BKTH", p, plain),
+        mixing.unmix(jnp.einsum("TS,BKSH->BKTH", p, mixed)), jnp.einsum("TS,BKSH->BKTH", p, plain),
         atol=1e-4,
     )  # fmt: skip
-
-
-def test_mixed_products_are_rounded_less_where_one_channel_makes_the_score() -> None:
-    """bfloat16 queries and keys of a sink, mixed, against unmixed ones: the error of scores of 15 nats."""
-    q, k = (np.random.default_rng(n).standard_normal((500, H)) for n in range(2))
-    q[:, 77], k[:, 77] = 11.65 * np.cos(0.034), 15 * H**0.5 / 11.65
-    q32 = jnp.asarray(q, jnp.float32)
-    numbers, factor = quantised.quantise(jnp.asarray(k, jnp.float32)[None, None, None], INT8)
-    plain = quantised.expand(numbers, factor, jnp.float32)[0, 0, 0]
-    mixed = quantised.read_mixed(numbers, factor, 0, jnp.bfloat16)[0, 0, 0]
-
-    def scores(q: jax.Array, k: jax.Array) -> np.ndarray:
-        return np.einsum("SH,SH->S", np.asarray(q, np.float64), np.asarray(k, np.float64)) * H**-0.5
-
-    def off(q: jax.Array, k: jax.Array) -> float:
-        return float(np.sqrt(np.mean((scores(q, k) - scores(q32, plain)) ** 2)))
-
-    unmixed = off(q32.astype(jnp.bfloat16), plain.astype(jnp.bfloat16))
-    assert off(quantised.mix_queries(q32, jnp.bfloat16), mixed) <= 0.4 * unmixed
-    # Rounded before they are mixed, queries would have lost it.
-    early = q32.astype(jnp.bfloat16).astype(jnp.float32)
-    assert off(quantised.mix_queries(early, jnp.bfloat16), mixed) >= 0.5 * unmixed
 
 
 def inputs(kind: str) -> list[np.ndarray]:
@@ -128,20 +78,20 @@ def error(kind: str, dtype: jnp.dtype, decode: bool) -> float:
         quantised.quantise(jnp.swapaxes(x, 0, 1)[None, None], dtype) for x in (rotated, jnp.asarray(v))
     )
     scale = jnp.full(1, H**-0.5)
+    mixed = dataclasses.replace(rotary, mixed=True)
     if decode:
         got = np.stack([
             _decode_attend(
-                q[None, t], k8, v8, layer=0, position_B=i_T[None, t], prompt_len_B=jnp.full(1, S), rotary=rotary,
+                q[None, t], k8, v8, layer=0, position_B=i_T[None, t], prompt_len_B=jnp.full(1, S), rotary=mixed,
                 scale_B=scale, k_scale_LBKS=k_scale, v_scale_LBKS=v_scale,
             )[0][0] for t in range(T)
         ])  # fmt: skip
     else:
         k_, v_ = (quantised.read_mixed(*x, 0, jnp.float32) for x in ((k8, k_scale), (v8, v_scale)))
-        mixed = dataclasses.replace(rotary, mixed=True)
         out = _attend(
             q[None], k_, v_, layer=0, q_start=S - T, kv_len_B=jnp.full(1, S), rotary=mixed, scale_B=scale
         )[0][0]
-        got = quantised.unmix_outputs(out)
+        got = mixing.unmix(out)
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
@@ -160,7 +110,8 @@ def test_attention_on_8_bits(kind: str, dtype: jnp.dtype, least: float, most: fl
 
 def test_without_mixing_biases_ruin_int8(monkeypatch: pytest.MonkeyPatch) -> None:
     """The inputs above are hard: the same numbers fitted to the loudest channel are off by more than twice the bound."""
-    monkeypatch.setattr(quantised, "_mixing", lambda H: (np.eye(H), 1.0))
+    monkeypatch.setattr(mixing, "signs", np.eye)
+    monkeypatch.setattr(mixing, "block", lambda H: 1)
     jax.clear_caches()
     assert error("biases", INT8, decode=False) > 4e-2
     jax.clear_caches()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from qwen_jax.config import DualChunk
 from qwen_jax.kernels.attention.api import attend
 from qwen_jax.rope import Rotary
 from tests.kernels import oracle
+from tests.kernels.held import held
 
 THETA = 10_000.0
 _attend = jax.jit(
@@ -37,6 +39,7 @@ class AttentionSuite:
 
     backend: str
     dtype = jnp.float32
+    keys_dtype: Any = None  # None: as queries and values
     tolerance = 2e-6
     head_dim = 16
     large_scale = (
@@ -57,14 +60,13 @@ class AttentionSuite:
         B, H, S = len(case.kv_len), self.head_dim, 4 * self.s + self.unit // 2
         q = self.random(rng, (B, case.queries, case.heads, H))
         k, v = (self.random(rng, (B, S, case.kv_heads, H)) for _ in range(2))
-        rotary = Rotary(THETA, H, 4096, dca=dca)
+        k_BKSH, rotary = held(k, Rotary(THETA, H, 4096, dca=dca), self.keys_dtype)
         layer, L = 1, 3
 
         def cached(x_BKSH: jax.Array) -> jax.Array:
             other = self.random(rng, (L, *x_BKSH.shape))
-            return other.at[layer].set(x_BKSH)
+            return other.astype(x_BKSH.dtype).at[layer].set(x_BKSH)
 
-        k_BKSH = jnp.swapaxes(rotary.rotate_keys(k, jnp.arange(S, dtype=jnp.int32)), 1, 2)
         out, lse = _attend(
             q,
             cached(k_BKSH),

@@ -55,6 +55,11 @@ def test_rows_of_different_lengths_across_every_stage(interpreted: Interpreted) 
     interpreted.check(Case(start, 2 * n, (start + 2 * n, s + 5, 0), 4, 2), interpreted.dca)
 
 
+def test_keys_of_float16(interpreted: Interpreted) -> None:
+    interpreted.keys_dtype = jnp.float16
+    interpreted.check(Case(2 * interpreted.s, 19, (2 * interpreted.s + 19,), 2, 1), interpreted.dca)
+
+
 def test_ragged_queries_and_a_group_of_seven(interpreted: Interpreted) -> None:
     interpreted.check(Case(3 * interpreted.s, 19, (3 * interpreted.s + 19,), 7, 1), interpreted.dca)
 

@@ -28,6 +28,10 @@ class TestXlaBfloat16(AttentionSuite):
     large_scale = 1.0
 
 
+class TestXlaKeysOfFloat16(TestXlaBfloat16):
+    keys_dtype = jnp.float16
+
+
 class TestXlaOverSeveralTiles(AttentionSuite):
     """The same suite with tiles of 8 queries and 24 keys: ranges that are no multiple of a tile, overhanging caches."""
 

@@ -13,6 +13,7 @@ from qwen_jax.config import DualChunk
 from qwen_jax.kernels.decode_attention.api import decode_attend
 from qwen_jax.rope import Rotary
 from tests.kernels import oracle
+from tests.kernels.held import held
 
 THETA = 10_000.0
 _decode_attend = jax.jit(decode_attend, static_argnames=("rotary", "backend"))
@@ -50,8 +51,7 @@ class DecodeSuite:
         S = 4 * self.s + self.unit // 2
         q = self.random(rng, (B, N, H))
         k, v = (self.random(rng, (B, S, K, H)) for _ in range(2))
-        rotary = Rotary(THETA, H, 4096, dca=dca)
-        k_BKSH = jnp.swapaxes(rotary.rotate_keys(k, jnp.arange(S, dtype=jnp.int32)), 1, 2)
+        k_BKSH, rotary = held(k, Rotary(THETA, H, 4096, dca=dca))
         layer = 1
         caches = [self.random(rng, (3, B, K, S, H)).at[layer].set(x) for x in (k_BKSH, jnp.swapaxes(v, 1, 2))]
         out, lse = _decode_attend(

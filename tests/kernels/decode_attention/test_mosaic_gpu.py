@@ -81,7 +81,7 @@ def test_an_8_bit_cache_gives_what_its_numbers_say(
     (k8, k_scale), (v8, v_scale) = (quantise(jnp.asarray(x), jnp.dtype(cache)) for x in (k, v))
     call = {
         "layer": 1, "position_B": jnp.array([2 * chunk + 30, -1]), "prompt_len_B": jnp.array([2 * chunk + 9, 0]),
-        "rotary": Rotary(1e4, head_dim, 1024, dca=DualChunk(chunk + 32, 32, 100)), "scale_B": jnp.full(B, 0.2),
+        "rotary": Rotary(1e4, head_dim, 1024, dca=DualChunk(chunk + 32, 32, 100), mixed=True), "scale_B": jnp.full(B, 0.2),
         "share": share, "k_scale_LBKS": k_scale, "v_scale_LBKS": v_scale,
     }  # fmt: skip
     out, lse = _attend(q, k8, v8, **call, backend="mosaic_gpu")
@@ -99,7 +99,7 @@ def test_lowers_for_cuda(
     monkeypatch: pytest.MonkeyPatch, heads: int, kv_heads: int, head_dim: int, cache: str
 ) -> None:
     monkeypatch.setattr(mosaic_gpu, "why_not_hopper", lambda: None)
-    rotary = Rotary(1e7, head_dim, 1 << 20, dca=DualChunk(262_144, 8_192, 262_144))
+    rotary = Rotary(1e7, head_dim, 1 << 20, dca=DualChunk(262_144, 8_192, 262_144), mixed=True)
     kv = jax.ShapeDtypeStruct((2, 3, kv_heads, 4096, head_dim), jnp.dtype(cache))
     factors = [jax.ShapeDtypeStruct(kv.shape[:4], jnp.float32)] * (2 if kv.dtype.itemsize == 1 else 0)
     q = jax.ShapeDtypeStruct((3, heads, head_dim), jnp.bfloat16)

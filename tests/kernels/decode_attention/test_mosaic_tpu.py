@@ -84,7 +84,7 @@ def test_8_bit_cache_whole_and_dealt_to_two_devices(
         layer=jnp.int32(1), position_B=jnp.array(positions), prompt_len_B=jnp.array([100, 200]),
         scale_B=jnp.full(B, 0.2), k_scale_LBKS=k_scale, v_scale_LBKS=v_scale, **({"share": share} if share else {}),
     )  # fmt: skip
-    rotary = Rotary(1e4, H, 4096, dca=DualChunk(320, 64, 64))
+    rotary = Rotary(1e4, H, 4096, dca=DualChunk(320, 64, 64), mixed=True)
     out, lse = call(attend=api.BACKENDS["mosaic_tpu"])
     want, want_lse = call(attend=reference.decode_attend)
     difference = np.asarray(out, np.float32) - np.asarray(want, np.float32)
@@ -108,7 +108,7 @@ def test_compiles_for_a_tpu_at_a_million_tokens(
 ) -> None:
     N, K = heads
     S, shape = capacity_for(1_010_000, 1_010_000), jax.ShapeDtypeStruct
-    rotary = Rotary(1e7, head_dim, 1 << 20, dca=QWEN_1M)
+    rotary = Rotary(1e7, head_dim, 1 << 20, dca=QWEN_1M, mixed=True)
     kv = shape((2, 1, K, S, head_dim), cache)
     scales = (shape(kv.shape[:4], jnp.float32),) * 2 if jnp.dtype(cache).itemsize == 1 else (None, None)
     row = shape((1,), jnp.int32)

@@ -17,6 +17,7 @@ from qwen_jax.kernels.sparse_attention.bands import tile_distances
 from qwen_jax.kernels.sparse_attention.computed import computed_keys
 from qwen_jax.rope import Rotary
 from tests.kernels import oracle
+from tests.kernels.held import held
 
 THETA, SCALE = 10_000.0, 0.4
 attend = jax.jit(attend_lines, static_argnames=("rotary", "most_columns", "band", "backend"))
@@ -31,7 +32,7 @@ class Check:
         capacity: S.
         head_dim: H.
         dca: dual chunk attention of calls that do not say.
-        dtype: of queries, keys and values.
+        dtype: of queries, keys and values. keys_dtype: that of keys, where it is another.
         tolerance: absolute, on outputs; ten times as much on log-sum-exps.
         most: largest number of columns a head in random lines.
     """
@@ -42,6 +43,7 @@ class Check:
     head_dim: int
     dca: DualChunk
     dtype: Any = jnp.float32
+    keys_dtype: Any = None
     tolerance: float = 5e-6
     most: int = 12
 
@@ -76,15 +78,14 @@ class Check:
 
         q, k, v = random(B, T, N, H), random(B, S, K, H), random(B, S, K, H)
         columns, bands = self.random_lines(rng, B, N) if lines is None else lines
-        rotary = Rotary(THETA, H, 4096, dca=dca)
-        k_BKSH = jnp.swapaxes(rotary.rotate_keys(k, jnp.arange(S, dtype=jnp.int32)), 1, 2)
+        k_BKSH, rotary = held(k, Rotary(THETA, H, 4096, dca=dca), self.keys_dtype)
         v_BKSH = jnp.swapaxes(v, 1, 2)
         devices = blocks.count if blocks else 1
 
-        def held(x: jax.Array, axis: int) -> list[jax.Array]:
+        def dealt(x: jax.Array, axis: int) -> list[jax.Array]:
             return jnp.split(blocks.deal(x, axis), devices, axis) if blocks else [x]
 
-        arrays = zip(held(k_BKSH, 2), held(v_BKSH, 2), held(jnp.asarray(columns), 2), strict=True)
+        arrays = zip(dealt(k_BKSH, 2), dealt(v_BKSH, 2), dealt(jnp.asarray(columns), 2), strict=True)
         parts = [
             attend(
                 q, *(jnp.stack([jnp.full_like(x, jnp.nan), x]) for x in (k_BKSH, v_BKSH)),
