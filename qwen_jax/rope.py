@@ -169,9 +169,9 @@ class Rotary:
         critical: bool = False,
         dtype: DTypeLike | None = None,
     ) -> jax.Array:
-        """Queries as keys of `stage` see them, times scale_B; rounded once, to `dtype`, that of the keys they meet, by default
-        q's. `critical`: see `query_positions`."""
-        dtype = q_BTNH.dtype if dtype is None else dtype
+        """Queries as keys of `stage` see them, times scale_B; rounded once, to q's dtype or, if that is no wider, to `dtype`,
+        that of the keys they meet. `critical`: see `query_positions`."""
+        dtype = _rounded_to(q_BTNH.dtype, dtype)
         q = q_BTNH.astype(jnp.float32)
         if scale_B is not None:
             q = q * scale_B.astype(jnp.float32)[:, None, None, None]
@@ -200,7 +200,7 @@ class Rotary:
         if scale_B is not None:
             scale_B11 = scale_B.astype(jnp.float32)[:, None, None]
             cos_PBTJ, sin_PBTJ = cos_PBTJ * scale_B11, sin_PBTJ * scale_B11
-        return mixed_rotations(q_BTNH, cos_PBTJ, sin_PBTJ, dtype=q_BTNH.dtype if dtype is None else dtype)
+        return mixed_rotations(q_BTNH, cos_PBTJ, sin_PBTJ, dtype=_rounded_to(q_BTNH.dtype, dtype))
 
     def stage_starts(self, i: jax.Array) -> tuple[jax.Array, jax.Array]:
         """First SUCC key and first INTRA key of a query at absolute position i, int32; INTER keys start at 0."""
@@ -218,6 +218,10 @@ class Rotary:
             Stage.INTRA: (intra, end),
         }
         return {stage: (bounds[stage][0], jnp.minimum(bounds[stage][1], end)) for stage in self.stages}
+
+
+def _rounded_to(mine: np.dtype, keys: DTypeLike | None) -> np.dtype:
+    return mine if keys is None or mine.itemsize > jnp.dtype(keys).itemsize else jnp.dtype(keys)
 
 
 def _series(square: jax.Array, first: int) -> jax.Array:

@@ -136,7 +136,8 @@ class Learner:
         def attend(q_BTNH: jax.Array, k: jax.Array, v: jax.Array, cache: None, layer: jax.Array) -> Any:
             q = model.rotary.rotate_queries(q_BTNH, positions_BT, Stage.INTRA)
             fused = "cudnn" if jax.default_backend() == "gpu" else None
-            return jax.nn.dot_product_attention(q, k.astype(q.dtype), v, is_causal=True, implementation=fused), cache
+            k = k.astype(q.dtype)
+            return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=fused), cache
 
         # A product with one-hot rows: the backward pass of a gather would add 65,536 rows into 260 in bf16.
         one_hot_BTV = jax.nn.one_hot(ids_BT, model.config.vocab_size, dtype=jnp.bfloat16)

@@ -175,6 +175,16 @@ def test_a_saved_document_with_damaged_ids_is_refused(llm: LLM, tmp_path: Path) 
         llm.load_prefix(tmp_path / "doc")
 
 
+def test_a_saved_document_of_an_older_version_is_refused(llm: LLM, tmp_path: Path) -> None:
+    """Its keys were not mixed."""
+    llm.prefill(ROWS[0]).save(tmp_path / "doc")
+    description = json.loads((tmp_path / "doc" / "document.json").read_text())
+    del description["format"]
+    (tmp_path / "doc" / "document.json").write_text(json.dumps(description))
+    with pytest.raises(QwenJaxError, match=r"saved by another version of qwen-jax \(format 1, not 2\): prefill"):
+        llm.load_prefix(tmp_path / "doc")
+
+
 def test_a_document_of_another_model_is_refused(llm: LLM) -> None:
     stranger = LLM(random_model(seed=1), max_len=256).prefill(ROWS[0])
     for anew in (False, True):

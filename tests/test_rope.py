@@ -248,5 +248,7 @@ def test_mixed_queries_of_all_stages(positions: str, critical: bool) -> None:
     got = mixed.query_stages(q, i, scale_B=scale, critical=critical)
     assert got.dtype == q.dtype
     np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=2.0**-8, atol=1e-5)
+    assert mixed.query_stages(q, i, dtype=jnp.float16).dtype == jnp.float16
+    assert mixed.query_stages(q.astype(jnp.float32), i, dtype=jnp.bfloat16).dtype == jnp.float32
     one = mixed.rotate_queries(q, i, Stage.SUCC, scale_B=scale, critical=critical)
     np.testing.assert_allclose(np.asarray(one, np.float64), want[1], rtol=2.0**-8, atol=1e-5)
