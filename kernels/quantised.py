@@ -20,7 +20,7 @@ def quantise(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """x [..., H] as (8-bit numbers [..., H], float32 factors [...]): their product is `mix_keys` of x."""
     floating = jnp.issubdtype(dtype, jnp.floating)
     limit = float(jnp.finfo(dtype).max if floating else jnp.iinfo(dtype).max)
-    x = mix_keys(x.astype(jnp.float32), jnp.bfloat16, out=jnp.float32)
+    x = mix_keys(x.astype(jnp.float32), jnp.float32, parts=jnp.bfloat16)
     factor = jnp.max(jnp.abs(x), axis=-1) / limit
     scaled = x / jnp.where(factor > 0, factor, 1.0)[..., None]
     return (scaled if floating else jnp.round(scaled)).astype(dtype), factor

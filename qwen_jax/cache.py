@@ -24,7 +24,7 @@ from jax.typing import DTypeLike
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels import quantised
 from qwen_jax.kernels.blocks import Share
-from qwen_jax.kernels.mixing import mix_keys
+from qwen_jax.kernels.mixing import mix_keys, mixes
 from qwen_jax.kernels.tpu import flat, generation, target
 from qwen_jax.rope import Rotary
 from qwen_jax.sharding import ShardingRules
@@ -50,7 +50,7 @@ class KVCache(NamedTuple):
 
     def met_by(self, rotary: Rotary) -> Rotary:
         """A model's rotary, made to rotate queries as these keys lie."""
-        return dataclasses.replace(rotary, mixed=jnp.dtype(self.k.dtype).itemsize < 4)
+        return dataclasses.replace(rotary, mixed=mixes(self.k.dtype))
 
     @property
     def batch(self) -> int:
@@ -170,7 +170,7 @@ def _entries(cache: KVCache, k: jax.Array, v: jax.Array) -> KVCache:
     """Keys, rotated, and values [..., H] as this cache holds them."""
     dtype = cache.k.dtype
     if cache.k_scale is None:
-        k = mix_keys(k.astype(jnp.float32), dtype) if dtype.itemsize < 4 else k
+        k = mix_keys(k.astype(jnp.float32), dtype) if mixes(dtype) else k
         return KVCache(k.astype(dtype), v.astype(dtype))
     (k, k_scale), (v, v_scale) = (quantised.quantise(x, dtype) for x in (k, v))
     return KVCache(k, v, k_scale, v_scale)

@@ -81,8 +81,8 @@ class Footprint:
         """The most that is alive at once while a prefill piece passes one layer.
 
         The residual stream and its normed copy are always there; beside them either attention (q, k, v, three
-        rotations of q, output and its log-sum-exp, a layer of an 8-bit cache in the model's dtype) or the MLP (gate, up,
-        product).
+        rotations of q, output and its log-sum-exp, a layer of an 8-bit cache in as many bits as the model's) or the MLP (gate,
+        up, product).
         Attention holds the queries of the whole piece on every device of the context axis, and float32 outputs on their way
         back, the rest only its share of them. Then the last logits.
         A test holds this against a compiled program; what kernels keep for themselves comes on top.

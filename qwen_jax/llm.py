@@ -264,7 +264,8 @@ class LLM:
         """Reads a document that `Document.save` wrote.
 
         Raises:
-            QwenJaxError: no such document, longer than max_len, or made by a model of another shape or position scheme.
+            QwenJaxError: no such document, longer than max_len, or made by a model of another shape or position scheme
+                or by a version of qwen-jax that held keys otherwise.
         """
 
         def allocate(tokens: int) -> KVCache:

@@ -186,8 +186,9 @@ class Rotary:
         scale_B: jax.Array | None = None,
         critical: bool = False,
         dtype: DTypeLike | None = None,
+        backend: str | None = None,
     ) -> jax.Array:
-        """`rotate_queries` for each of `stages`: [stages, B, T, N, H]."""
+        """`rotate_queries` for each of `stages`: [stages, B, T, N, H]. `backend` is that of `kernels.rotations`."""
         if not self.mixed:
             return jnp.stack([
                 self.rotate_queries(q_BTNH, positions_BT, stage, scale_B=scale_B, critical=critical, dtype=dtype)
@@ -200,7 +201,9 @@ class Rotary:
         if scale_B is not None:
             scale_B11 = scale_B.astype(jnp.float32)[:, None, None]
             cos_PBTJ, sin_PBTJ = cos_PBTJ * scale_B11, sin_PBTJ * scale_B11
-        return mixed_rotations(q_BTNH, cos_PBTJ, sin_PBTJ, dtype=_rounded_to(q_BTNH.dtype, dtype))
+        return mixed_rotations(
+            q_BTNH, cos_PBTJ, sin_PBTJ, dtype=_rounded_to(q_BTNH.dtype, dtype), backend=backend
+        )
 
     def stage_starts(self, i: jax.Array) -> tuple[jax.Array, jax.Array]:
         """First SUCC key and first INTRA key of a query at absolute position i, int32; INTER keys start at 0."""
@@ -221,6 +224,7 @@ class Rotary:
 
 
 def _rounded_to(mine: np.dtype, keys: DTypeLike | None) -> np.dtype:
+    """Products are of one dtype, that of the keys, which are many; queries that hold more than they keep it."""
     return mine if keys is None or mine.itemsize > jnp.dtype(keys).itemsize else jnp.dtype(keys)
 
 

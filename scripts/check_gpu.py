@@ -186,7 +186,7 @@ def _prefill_program(backend: str, rotary: Rotary) -> Callable[..., Any]:
 def check_prefill(backend: str, case: tuple[Any, ...], seed: int, keys: str) -> tuple[float, float, bool]:
     """(worst relative error of out, worst error of lse, are empty rows 0 and -inf)."""
     B, T, N, K, H, capacity, q_start, kv_len, dca, *slope = case
-    rotary = tools.rotary(H, dca)
+    rotary = dataclasses.replace(tools.rotary(H, dca), mixed=not slope)  # a slope is one channel's
     layers, layer, scale = 2, 1, 1.3 * H**-0.5
     q = tools.random(seed, (B, T, N, H))
     k, v = (tools.random(seed + n, (layers, B, K, capacity, H)) for n in (1, 2))
@@ -429,15 +429,17 @@ def check_cutoffs(backend: str, case: tuple[Any, ...], seed: int) -> tuple[float
 
 
 def check_rotations(backend: str, case: tuple[Any, ...], seed: int) -> tuple[float, float, bool]:
-    """(relative error, that of the worst vector, is everything finite); against float32."""
+    """(relative error, that of the worst vector, is it what one rounding makes); against float32."""
     B, T, N, shared, dtype = case
-    q = tools.random(seed, (B, T, N, 128))
+    q = tools.random(seed, (B, T, N, 128)).at[..., 77].multiply(20)
     cos, sin = (tools.random(seed + n, (3, 1 if shared else B, T, 64)).astype(jnp.float32) for n in (1, 2))
     leave_nan_behind()
     got = ROTATIONS[backend](q, cos, sin, dtype=jnp.dtype(dtype))
     want = ROTATIONS["xla"](q.astype(jnp.float32), cos, sin, dtype=jnp.dtype(jnp.float32))
     off = jnp.linalg.norm(got.astype(jnp.float32) - want, axis=-1) / jnp.linalg.norm(want, axis=-1)
-    return tools.relative_error(got, want), float(off.max()), bool(jnp.isfinite(got).all())
+    error = tools.relative_error(got, want)
+    # Rounded before they are mixed too, they would be off by 0.3 units in the last place, not 0.21.
+    return error, float(off.max()), error <= 0.25 * float(jnp.finfo(dtype).eps)
 
 
 def scratch_bytes() -> dict[str, tuple[int, int]]:

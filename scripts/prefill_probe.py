@@ -19,7 +19,7 @@ from qwen_jax.attention import prefill_layer
 from qwen_jax.cache import KVCache, write_chunk
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.blocks import Share
-from qwen_jax.kernels.mixing import unmix
+from qwen_jax.kernels.mixing import mixes, unmix
 from qwen_jax.kernels.quantised import expand
 from qwen_jax.kernels.sparse_attention.bands import BAND, tile_distances
 from qwen_jax.linear import IN_CUBLAS
@@ -252,7 +252,7 @@ def _float_head(layer: KVCache, head: int) -> tuple[jax.Array, jax.Array]:
     """Keys and values of one head of one layer, float32[S, H], from arrays [K, S, H] and [K, S]."""
     if layer.k_scale is None or layer.v_scale is None:
         k, v = (x[head].astype(jnp.float32) for x in (layer.k, layer.v))
-        return unmix(k) if layer.k.dtype.itemsize < 4 else k, v
+        return unmix(k) if mixes(layer.k.dtype) else k, v
     return (
         expand(layer.k[head], layer.k_scale[head], jnp.float32),
         expand(layer.v[head], layer.v_scale[head], jnp.float32),

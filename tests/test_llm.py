@@ -181,7 +181,9 @@ def test_a_saved_document_of_an_older_version_is_refused(llm: LLM, tmp_path: Pat
     description = json.loads((tmp_path / "doc" / "document.json").read_text())
     del description["format"]
     (tmp_path / "doc" / "document.json").write_text(json.dumps(description))
-    with pytest.raises(QwenJaxError, match=r"saved by another version of qwen-jax \(format 1, not 2\): prefill"):
+    with pytest.raises(
+        QwenJaxError, match=r"saved by another version of qwen-jax \(format 1, not 2\): prefill"
+    ):
         llm.load_prefix(tmp_path / "doc")
 
 

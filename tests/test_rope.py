@@ -243,7 +243,7 @@ def test_mixed_queries_of_all_stages(positions: str, critical: bool) -> None:
         rotary.rotate_queries(q.astype(jnp.float32), i, stage, scale_B=scale, critical=critical)
         for stage in rotary.stages
     ])  # fmt: skip
-    want = np.asarray(turned, np.float64) @ mixing.signs(16)
+    want = np.asarray(turned, np.float64) @ mixing.queries_matrix(16)
     mixed = dataclasses.replace(rotary, mixed=True)
     got = mixed.query_stages(q, i, scale_B=scale, critical=critical)
     assert got.dtype == q.dtype

@@ -44,6 +44,7 @@ def attend(
     T = q_BTNH.shape[1]
     S = k_LBKSH.shape[3]
     q_start, kv_len_B = jnp.asarray(q_start, jnp.int32), jnp.asarray(kv_len_B, jnp.int32)
+    # Keys of an 8-bit cache come in float16, and lose here what that keeps of them: cuDNN's keys and values are of one dtype.
     k_BKSH, v_BKSH = (
         lax.dynamic_index_in_dim(x, layer, keepdims=False).astype(q_BTNH.dtype) for x in (k_LBKSH, v_LBKSH)
     )
@@ -105,7 +106,8 @@ def _refusal(q_BTNH: jax.Array, k_LBKSH: jax.Array, v_LBKSH: jax.Array) -> str |
         return "runs on NVIDIA GPUs"
     dtypes = {q_BTNH.dtype, v_LBKSH.dtype} | ({k_LBKSH.dtype} - {jnp.dtype(jnp.float16)})
     if dtypes not in ({jnp.dtype(jnp.bfloat16)}, {jnp.dtype(jnp.float16)}):
-        return f"needs bfloat16 or float16 throughout, got {', '.join(sorted(str(d) for d in dtypes))}"
+        got = ", ".join(sorted(str(d) for d in dtypes))
+        return f"needs bfloat16 or float16 throughout, or float16 keys beside bfloat16, got {got}"
     if q_BTNH.shape[3] % 8 or q_BTNH.shape[3] > 128:
         return f"needs a head dimension that is a multiple of 8 up to 128, got {q_BTNH.shape[3]}"
     return None

@@ -62,7 +62,7 @@ def attend(
     share = dataclasses.replace(share, rank=jnp.int32(share.rank))
     where = _Where(jnp.int32(layer), jnp.int32(q_start), jnp.asarray(kv_len_B, jnp.int32), share)
     i_T = where.q_start + jnp.arange(T, dtype=jnp.int32)
-    q_PBTNH = rotary.query_stages(q_BTNH, i_T, dtype=k_LBKSH.dtype)
+    q_PBTNH = rotary.query_stages(q_BTNH, i_T, dtype=k_LBKSH.dtype, backend="xla")
 
     tile = min(QUERY_TILE, T)
     C = -(-T // tile)
@@ -104,7 +104,10 @@ def _flash(
         empty = total == 0
         total = jnp.where(empty, 1.0, total)
         lse = jnp.where(empty, -jnp.inf, peak + jnp.log(total))
-        return (out / total[..., None]).astype(v_LBKSH.dtype), lse
+        q_dtype, v_dtype = q_PBKRH.dtype, v_LBKSH.dtype  # of 16 bits, queries have their keys' dtype
+        return (out / total[..., None]).astype(
+            q_dtype if q_dtype.itemsize > v_dtype.itemsize else v_dtype
+        ), lse
 
     return lax.map(lambda xs: one(*xs), (jnp.arange(len(q_CPBKRH), dtype=jnp.int32), q_CPBKRH))
 

@@ -38,8 +38,9 @@ def decode_attend(
 
     Args:
         q_BNH: queries, not rotated, [B, N, H].
-        k_LBKSH: keys of all layers, rotated at j mod s, unscaled, [L, B, K, S, H].
-        v_LBKSH: values, like k.
+        k_LBKSH: keys of all layers, rotated at j mod s, unscaled, [L, B, K, S, H]; for a rotary that is `mixed`, mixed
+            (`kernels.mixing`).
+        v_LBKSH: values, like k; mixed if they have 8 bits.
         layer: int32 scalar, which layer to read.
         position_B: int32[B], absolute position of each row's query; -1 for a row that is to see nothing.
         prompt_len_B: int32[B], tokens of each row's prompt.

@@ -43,7 +43,7 @@ def line_scores(
 
     Args:
         q_BTNH: queries, not rotated, [B, T, N, H]; the real ones must not straddle a multiple of the chunk length s.
-        k_LBKSH: keys of all layers, rotated at j mod s, [L, B, K, S, H]; query head n uses KV head n // (N / K).
+        k_LBKSH: keys as `kernels.attention.api.attend` takes them, [L, B, K, S, H]; query head n uses KV head n // (N / K).
         layer, q_start: int32 scalars, values, not shapes.
         kv_len_B: int32[B], tokens of each row that are real.
         rotary: positions, static.

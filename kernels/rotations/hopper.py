@@ -77,9 +77,12 @@ def mixed_rotations(problem: Problem, dtype: Any, interpret: Any = None) -> Call
                     for n, part in enumerate(parts)
                     for x in part
                 )  # type: ignore[return-value]
+            # `in_two` by Mosaic's conversions, which stand as they are written; it has no reduce_precision.
             high = [x.astype(dtype) for x in turned]
             low = [(x - h.astype(jnp.float32)).astype(dtype) for x, h in zip(turned, high, strict=True)]
-            high, low = lax.optimization_barrier((high, low))
+            high, low = lax.optimization_barrier(
+                (high, low)
+            )  # registers are written before products read them
 
             def product(acc: Any) -> jax.Array:
                 for part in (high, low):
@@ -92,10 +95,13 @@ def mixed_rotations(problem: Problem, dtype: Any, interpret: Any = None) -> Call
         def one(head: jax.Array, _: None) -> None:
             slot, barrier = slot_of(head)
             plgpu.barrier_wait(q_full.at[barrier])
-            a, b_ = (plgpu.load(q_smem.at[wg, slot, n], layout=LAYOUT).astype(jnp.float32) for n in range(2))
+            first, second = (
+                plgpu.load(q_smem.at[wg, slot, n], layout=LAYOUT).astype(jnp.float32) for n in range(2)
+            )
+            # Before a copy jax has the warpgroup meet: all have read the slot.
             pl.when(head + _SLOTS < N)(lambda: load(head + _SLOTS))
             cos, sin = (plgpu.load(sines_smem.at[wg, n], layout=LAYOUT) for n in range(2))
-            out = mixed((a * cos - b_ * sin, b_ * cos + a * sin))
+            out = mixed((first * cos - second * sin, second * cos + first * sin))
             plgpu.wait_smem_to_gmem(_SLOTS - 1, wait_read_only=True)  # what lay in the slot has left
             o_smem[wg, slot] = out.astype(dtype)
             plgpu.commit_smem()

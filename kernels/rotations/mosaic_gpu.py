@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_jax.kernels.hopper import why_not_hopper
-from qwen_jax.kernels.mixing import signs
+from qwen_jax.kernels.mixing import queries_matrix
 from qwen_jax.kernels.rotations import hopper
 
 _FEW = 256  # queries, for which XLA's kernels do as well
@@ -40,5 +40,7 @@ def mixed_rotations(
         raise NotImplementedError(f"needs {_FEW} queries at least, and a multiple of 8, got {T}")
     problem = hopper.Problem(P, B, T, N, H, rows == 1)
     sines = (x.reshape(-1, T, H // 2) for x in (cos_PBTJ, sin_PBTJ))
-    out = hopper.mixed_rotations(problem, dtype, interpret)(jnp.asarray(signs(H), dtype), *sines, q_BTNH)
+    out = hopper.mixed_rotations(problem, dtype, interpret)(
+        jnp.asarray(queries_matrix(H), dtype), *sines, q_BTNH
+    )
     return out.reshape(P, *q_BTNH.shape)

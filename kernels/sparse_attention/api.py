@@ -45,7 +45,7 @@ def attend_lines(
 
     Args:
         q_BTNH: queries, not rotated, [B, T, N, H].
-        k_LBKSH, v_LBKSH: keys, rotated at j mod s, and values of all layers, [L, B, K, S, H].
+        k_LBKSH, v_LBKSH: keys and values as `attend` takes them, [L, B, K, S, H].
         columns_BNS: bool[B, N, S], by slot of the key.
         bands_BNM: bool[B, N, M], by tile distance; M = ceil(positions / band).
         most_columns: no head has more columns than this, static; columns beyond it would be left out.

@@ -66,7 +66,7 @@ def attend_lines(
     C = -(-C // together) * together  # those past the queries walk nothing
     into, first_tile = q_start % band, q_start // band
     i_T = q_start + jnp.arange(T, dtype=jnp.int32)
-    q_PBTNH = rotary.query_stages(q_BTNH, i_T, dtype=k_LBKSH.dtype)
+    q_PBTNH = rotary.query_stages(q_BTNH, i_T, dtype=k_LBKSH.dtype, backend="xla")
     tiles_PBTNH = jnp.zeros((*q_PBTNH.shape[:2], C * band, N, H), q_PBTNH.dtype)
     tiles_PBTNH = lax.dynamic_update_slice_in_dim(tiles_PBTNH, q_PBTNH, into, 2)
     q_XCPTH = jnp.einsum("PBCTNH->BNCPTH", tiles_PBTNH.reshape(-1, B, C, band, N, H)).reshape(

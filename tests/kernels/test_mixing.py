@@ -14,18 +14,20 @@ H = 128
 
 @pytest.mark.parametrize("head_dim", [16, 80, 128])
 def test_mixing_is_orthogonal(head_dim: int) -> None:
-    identity, size = jnp.eye(head_dim), mixing.block(head_dim)
-    matrix = np.asarray(mixing.mix(identity, jnp.float32), np.float64)
-    np.testing.assert_array_equal(matrix @ matrix.T, size * np.eye(head_dim))
+    identity = jnp.eye(head_dim)
+    queries, keys = (np.asarray(f(identity, jnp.float32), np.float64) for f in (mixing.mix, mixing.mix_keys))
+    np.testing.assert_array_equal(queries @ keys.T, np.eye(head_dim))
     np.testing.assert_array_equal(mixing.unmix(mixing.mix_keys(identity, jnp.float32)), identity)
     # One channel, or all of them alike, end up spread: no number far above the rest.
     for vector in (identity[3], jnp.ones(head_dim)):
-        assert np.abs(mixing.mix(vector, jnp.float32)).max() <= 3.5 * np.linalg.norm(vector)
+        spread = 3.5 * np.linalg.norm(vector) / mixing.block(head_dim) ** 0.5
+        assert np.abs(mixing.mix(vector, jnp.float32)).max() <= spread * 2**0.5
+        assert np.abs(mixing.mix_keys(vector, jnp.float32)).max() <= spread
 
 
 def test_mixing_never_changes() -> None:
     """Caches on disk depend on it."""
-    assert np.asarray(mixing.mix(jnp.eye(8), jnp.float32)).astype(int).tolist() == [
+    assert (2 * np.asarray(mixing.mix(jnp.eye(8), jnp.float32))).astype(int).tolist() == [
         [1, 1, 1, 1, 1, 1, 1, 1],
         [1, -1, 1, -1, 1, -1, 1, -1],
         [-1, -1, 1, 1, -1, -1, 1, 1],
@@ -35,6 +37,16 @@ def test_mixing_never_changes() -> None:
         [-1, -1, 1, 1, 1, 1, -1, -1],
         [1, -1, -1, 1, -1, 1, 1, -1],
     ]
+    np.testing.assert_array_equal(
+        mixing.mix_keys(jnp.eye(8), jnp.float32), mixing.mix(jnp.eye(8), jnp.float32) / 2
+    )
+
+
+def test_vectors_of_any_model_stay_in_the_range_of_float16() -> None:
+    """The worst there is: all of 128 channels as large as the signs let add up."""
+    q, k = (size * jnp.sign(jnp.asarray(mixing.signs(H)[:, 5], jnp.float32)) for size in (4000.0, 8000.0))
+    assert jnp.isfinite(mixing.mix(q, jnp.float16)).all()
+    assert jnp.isfinite(mixing.mix_keys(k, jnp.float16)).all()
 
 
 @pytest.mark.parametrize("head_dim", [16, 80, 128])

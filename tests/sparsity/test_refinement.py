@@ -60,6 +60,14 @@ def test_recall_is_in_its_range_grows_with_the_budget_and_ends_at_one(model: Qwe
     assert (np.asarray(pieces[1][1].recall[0]) < 0.97).any()
 
 
+def test_recall_of_a_bfloat16_model(model: Qwen2) -> None:
+    """Its cache holds mixed keys."""
+    narrow = tiny_model.random_model(dataclasses.replace(CONFIG, dtype="bfloat16"), scale=16.0)
+    _, (_, want) = measure(model, IDS, sizes((30, 100)), **RUN)
+    _, (_, got) = measure(narrow, IDS, sizes((30, 100)), **RUN)
+    np.testing.assert_allclose(got.recall, want.recall, atol=2e-2)
+
+
 def test_scaled_sizes_cost_what_was_asked(model: Qwen2) -> None:
     _, (_, last) = measure(model, IDS, sizes((30, 100), (100, 30)), keys=260.0, **RUN)
     keys = np.asarray(last.keys)

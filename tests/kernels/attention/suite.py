@@ -40,6 +40,7 @@ class AttentionSuite:
     backend: str
     dtype = jnp.float32
     keys_dtype: Any = None  # None: as queries and values
+    mixed: bool | None = None  # None: as a cache of that dtype holds them
     tolerance = 2e-6
     head_dim = 16
     large_scale = (
@@ -60,7 +61,7 @@ class AttentionSuite:
         B, H, S = len(case.kv_len), self.head_dim, 4 * self.s + self.unit // 2
         q = self.random(rng, (B, case.queries, case.heads, H))
         k, v = (self.random(rng, (B, S, case.kv_heads, H)) for _ in range(2))
-        k_BKSH, rotary = held(k, Rotary(THETA, H, 4096, dca=dca), self.keys_dtype)
+        k_BKSH, rotary = held(k, Rotary(THETA, H, 4096, dca=dca), self.keys_dtype, self.mixed)
         layer, L = 1, 3
 
         def cached(x_BKSH: jax.Array) -> jax.Array:

@@ -100,9 +100,10 @@ def lower(
     head_dim: int,
     dca: DualChunk | None,
     tiling: Tiling | None = None,
+    keys: Any = jnp.bfloat16,
 ) -> str:
-    rotary = Rotary(1e7, head_dim, 1 << 20, dca=dca)
-    cache = jax.ShapeDtypeStruct((2, 1, kv_heads, 4096, head_dim), jnp.bfloat16)
+    rotary = Rotary(1e7, head_dim, 1 << 20, dca=dca, mixed=keys == jnp.float16)
+    k, v = (jax.ShapeDtypeStruct((2, 1, kv_heads, 4096, head_dim), x) for x in (keys, jnp.bfloat16))
     q = jax.ShapeDtypeStruct((1, queries, heads, head_dim), jnp.bfloat16)
     scalar, row = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
 
@@ -112,7 +113,7 @@ def lower(
         )
 
     scale = jax.ShapeDtypeStruct((1,), jnp.float32)
-    traced = jax.jit(call).trace(q, cache, cache, scalar, scalar, row, scale)
+    traced = jax.jit(call).trace(q, k, v, scalar, scalar, row, scale)
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -128,6 +129,13 @@ def test_lowers_for_cuda_without_copying_the_cache(
     assert "mosaic_gpu" in text
     cache = f"tensor<{2 * kv_heads}x4096x{head_dim}xbf16>"  # the cache enters by a reshape, nothing else makes one
     assert sum(f"-> {cache}" in line for line in text.splitlines() if "custom_call" not in line) == 2
+
+
+@pytest.mark.usefixtures("on_hopper")
+def test_lowers_for_cuda_with_keys_of_float16() -> None:
+    text = lower(512, 28, 4, 128, QWEN_1M, keys=jnp.float16)
+    assert "mosaic_gpu" in text
+    assert "tensor<8x4096x128xf16>" in text
 
 
 @pytest.mark.usefixtures("on_hopper")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import jax
@@ -26,6 +27,10 @@ class TestXlaBfloat16(AttentionSuite):
     dtype = jnp.bfloat16
     tolerance = 1e-2
     large_scale = 1.0
+
+
+class TestXlaUnmixed(TestXlaBfloat16):
+    mixed = False
 
 
 class TestXlaKeysOfFloat16(TestXlaBfloat16):
@@ -121,6 +126,19 @@ def test_memory_is_a_tile_pair_not_the_score_matrix() -> None:
     temporary = lowered.compile().memory_analysis().temp_size_in_bytes
     assert temporary < 6 * queries + 8 * tile_pair
     assert temporary < T * S * N  # a byte a score would already be 1 GiB
+
+
+def test_float32_queries_over_a_16_bit_cache_keep_what_they_hold() -> None:
+    q, k, v = (jax.random.normal(jax.random.key(n), (1, 1, 2, 64, 16)) for n in range(3))
+    call = functools.partial(
+        api.attend, jnp.swapaxes(q[0], 1, 2), layer=0, q_start=0, kv_len_B=jnp.array([64]), rotary=Rotary(1e4, 16, 64),
+        scale_B=jnp.full(1, 0.25),
+    )  # fmt: skip
+    k, v = k.astype(jnp.bfloat16), v.astype(jnp.bfloat16)
+    got, want = call(k, v)[0], call(k.astype(jnp.float32), v.astype(jnp.float32))[0]
+    assert got.dtype == jnp.float32
+    assert jnp.abs(got - want).max() <= 2e-2
+    assert (got != got.astype(jnp.bfloat16)).mean() >= 0.9
 
 
 def test_unknown_backend_is_named() -> None:

@@ -24,8 +24,11 @@ from qwen_jax.rope import Rotary
 QWEN_1M = DualChunk(262_144, 8_192)
 
 
+@pytest.mark.parametrize(
+    ("mixed", "keys"), [(False, jnp.bfloat16), (True, jnp.bfloat16), (True, jnp.float16)], ids=str
+)
 def test_agrees_with_the_reference_across_every_stage_and_ragged_rows(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, mixed: bool, keys: Any
 ) -> None:
     """Two blocks, so that a block takes several ranges in a row; the last keys end within a tile."""
     if jax.__version_info__ < (0, 12):
@@ -33,10 +36,10 @@ def test_agrees_with_the_reference_across_every_stage_and_ragged_rows(
             "the GPU interpreter of this jax loses track of barriers; the kernels themselves run on it"
         )
     monkeypatch.setattr(hopper, "multiprocessors", lambda: 2)
-    rotary, q_start, H = Rotary(1e4, 64, 1024, dca=DualChunk(160, 32)), 256, 64  # s = 128
+    rotary, q_start, H = Rotary(1e4, 64, 1024, dca=DualChunk(160, 32), mixed=mixed), 256, 64  # s = 128
     rng = np.random.default_rng(0)
     q = jnp.asarray(rng.standard_normal((2, 80, 2, H)), jnp.bfloat16)
-    k = jnp.asarray(rng.standard_normal((1, 2, 1, 344, H)), jnp.bfloat16)
+    k = jnp.asarray(rng.standard_normal((1, 2, 1, 344, H)), keys)
     call: dict[str, Any] = {
         "layer": jnp.int32(0), "q_start": jnp.int32(q_start), "end_B": jnp.array([q_start + 75, 100], jnp.int32),
         "rotary": rotary, "scale_B": jnp.full(2, 1.5 * H**-0.5), "last_queries": 60,
@@ -44,7 +47,7 @@ def test_agrees_with_the_reference_across_every_stage_and_ragged_rows(
     got = jax.jit(lambda q, k: mosaic_gpu.attention_sums(q, k, interpret=plgpu.InterpretGPUParams(), **call))(
         q, k
     )
-    want = reference.attention_sums(q, k, **call)
+    want = reference.attention_sums(q.astype(jnp.float32), k.astype(jnp.float32), **call)
     for sums, right in zip(got, want, strict=True):
         assert sums.shape == right.shape
         sums, right = np.asarray(sums)[0, :, : q_start + 75], np.asarray(right)[0, :, : q_start + 75]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen_jax.kernels.mixing import signs
+from qwen_jax.kernels.mixing import queries_matrix
 from qwen_jax.kernels.rotations import api, mosaic_gpu, reference
 
 
@@ -30,7 +30,7 @@ def check(got: jax.Array, dtype: Any, q: jax.Array, cos: jax.Array, sin: jax.Arr
     """Within half a unit in the last place, and what two numbers of this dtype leave of float32."""
     a, b = np.split(np.asarray(q, np.float64), 2, axis=-1)
     cos, sin = (np.asarray(x, np.float64)[..., None, :] for x in (cos, sin))
-    want = np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1) @ signs(q.shape[-1])
+    want = np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1) @ queries_matrix(q.shape[-1])
     assert got.dtype == dtype
     last_place = float(jnp.finfo(dtype).eps)
     np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=0.505 * last_place, atol=1e-3)

@@ -51,6 +51,12 @@ def test_every_stage_of_a_ragged_piece_in_the_third_chunk(into: int, lengths: tu
 
 
 @pytest.mark.usefixtures("interpreted")
+def test_keys_of_float16() -> None:
+    start = 4 * BAND + 20
+    dataclasses.replace(check, keys_dtype=jnp.float16)(start, 144, (start + 140, start + 100), (1, 1))
+
+
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(
     ("blocks", "tiles", "into", "plain"),
     [(Blocks(BAND, 2), 6, 20, False), (Blocks(2 * BAND, 2), 8, 0, True), (Blocks(BAND, 4), 12, 20, False)],
