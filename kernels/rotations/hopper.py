@@ -80,9 +80,8 @@ def mixed_rotations(problem: Problem, dtype: Any, interpret: Any = None) -> Call
             # `in_two` by Mosaic's conversions, which stand as they are written; it has no reduce_precision.
             high = [x.astype(dtype) for x in turned]
             low = [(x - h.astype(jnp.float32)).astype(dtype) for x, h in zip(turned, high, strict=True)]
-            high, low = lax.optimization_barrier(
-                (high, low)
-            )  # registers are written before products read them
+            # Registers are written before products read them.
+            high, low = lax.optimization_barrier((high, low))
 
             def product(acc: Any) -> jax.Array:
                 for part in (high, low):
