@@ -25,7 +25,8 @@ from qwen_jax.model import Qwen2
 from qwen_jax.processes import fetch
 
 _META = "document.json"
-_FORMAT = 2  # of what the files hold; 1, without the number: keys of 16 bits not mixed, factors of 8-bit ones larger
+# Of what the files hold; 1, without the number: keys of 16 bits not mixed, other factors of 8-bit ones.
+_FORMAT = 2
 _DATA, _SCALES = "cache.safetensors", "scales.safetensors"  # a file has one dtype; scales are of 8-bit caches
 
 

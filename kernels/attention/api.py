@@ -43,7 +43,7 @@ def attend(
         q_BTNH: queries, not rotated, [B, T, N, H].
         k_LBKSH: keys of all layers, rotated at j mod s, mixed (`kernels.mixing`) if the rotary says so, [L, B, K, S, H]; query
             head n uses KV head n // (N / K).
-        v_LBKSH: values, likewise; the results are mixed if these are.
+        v_LBKSH: values, laid out like k; where they are mixed, as those of 8 bits are, so are the results.
         layer: int32 scalar, which layer to read; a value, not a shape.
         q_start: int32 scalar, absolute position of query 0; a value, not a shape.
         kv_len_B: int32[B], tokens of each row that are real.
