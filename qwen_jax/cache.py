@@ -3,7 +3,8 @@
 Heads stand before positions and the whole cache travels with a layer index: measured on compiled programs, every other
 arrangement costs a copy of a layer or of the cache. Keys are stored rotated at j mod s and not scaled by the length
 temperature, so a prefix serves a longer prompt unchanged; in fewer than 32 bits they are mixed before they are rounded
-(`kernels.mixing`). With 8-bit dtypes both keys and values are held as `kernels.quantised` says.
+(`kernels.mixing`), and those of a bfloat16 cache are float16 (`keys_dtype`). With 8-bit dtypes both keys and values are held as
+`kernels.quantised` says.
 """
 
 from __future__ import annotations
@@ -53,6 +54,11 @@ class KVCache(NamedTuple):
         return dataclasses.replace(rotary, mixed=mixes(self.k.dtype))
 
     @property
+    def dtype(self) -> np.dtype:
+        """What the cache was asked to be in: that of its values."""
+        return jnp.dtype(self.v.dtype)
+
+    @property
     def batch(self) -> int:
         """Rows."""
         return self.k.shape[1]
@@ -68,22 +74,31 @@ def is_8_bit(dtype: DTypeLike) -> bool:
     return jnp.dtype(dtype) in quantised.DTYPES
 
 
+def keys_dtype(dtype: DTypeLike) -> np.dtype:
+    """What keys beside values of `dtype` are held in, or read in if they have 8 bits: float16 beside bfloat16, but for TPUs,
+    which multiply none.
+
+    Mixed, keys are in its range, and its three more bits keep more of every score.
+    """
+    wide = jnp.dtype(dtype) == jnp.bfloat16 and generation(target()) is None
+    return jnp.dtype(jnp.float16 if wide else dtype)
+
+
 def abstract_cache(config: ModelConfig, batch: int, capacity: int, dtype: DTypeLike) -> Any:
     """A KVCache of ShapeDtypeStructs: nothing is allocated."""
     shape = cache_shape(config, batch, capacity)
-    return _cache_of(
-        dtype, jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)), jax.ShapeDtypeStruct(shape[:-1], jnp.float32)
-    )
+    k, v = (jax.ShapeDtypeStruct(shape, x) for x in (keys_dtype(dtype), jnp.dtype(dtype)))
+    return _cache_of(dtype, k, v, jax.ShapeDtypeStruct(shape[:-1], jnp.float32))
 
 
 def cache_shardings(mesh: Mesh, dtype: DTypeLike) -> Any:
     """A KVCache of NamedShardings on a mesh as `sharding.full_mesh` returns it."""
     numbers, scales = (NamedSharding(mesh, ShardingRules().spec(letters)) for letters in ("LBKSH", "LBKS"))
-    return _cache_of(dtype, numbers, scales)
+    return _cache_of(dtype, numbers, numbers, scales)
 
 
-def _cache_of(dtype: DTypeLike, numbers: Any, scales: Any) -> KVCache:
-    return KVCache(numbers, numbers, scales, scales) if is_8_bit(dtype) else KVCache(numbers, numbers)
+def _cache_of(dtype: DTypeLike, k: Any, v: Any, scales: Any) -> KVCache:
+    return KVCache(k, v, scales, scales) if is_8_bit(dtype) else KVCache(k, v)
 
 
 def init_cache(
@@ -171,7 +186,7 @@ def _entries(cache: KVCache, k: jax.Array, v: jax.Array) -> KVCache:
     dtype = cache.k.dtype
     if cache.k_scale is None:
         k = mix_keys(k.astype(jnp.float32), dtype) if mixes(dtype) else k
-        return KVCache(k.astype(dtype), v.astype(dtype))
+        return KVCache(k.astype(dtype), v.astype(cache.dtype))
     (k, k_scale), (v, v_scale) = (quantised.quantise(x, dtype) for x in (k, v))
     return KVCache(k, v, k_scale, v_scale)
 
@@ -180,11 +195,9 @@ def read_layer(cache: KVCache, layer: jax.Array, dtype: DTypeLike) -> tuple[jax.
     """One layer for prefill: (k [L, B, K, S, H], v likewise, the index in L under which it lies).
 
     That is the cache itself, uncopied; of an 8-bit cache the one layer alone, L = 1, as `kernels.quantised.read_mixed` makes
-    it: values too are then mixed. Values come in `dtype`, keys in float16 where that is bfloat16: mixed, they are in its range,
-    and its three more bits keep more of what 8 bits times a factor are. TPUs multiply no float16.
+    it: values too are then mixed. Values come in `dtype`, keys in `keys_dtype` of it.
     """
     if cache.k_scale is None or cache.v_scale is None:
         return cache.k, cache.v, layer
-    narrow = jnp.dtype(dtype) == jnp.bfloat16 and generation(target()) is None
-    k = quantised.read_mixed(cache.k, cache.k_scale, layer, jnp.float16 if narrow else dtype)
+    k = quantised.read_mixed(cache.k, cache.k_scale, layer, keys_dtype(dtype))
     return k, quantised.read_mixed(cache.v, cache.v_scale, layer, dtype), jnp.int32(0)

@@ -395,9 +395,9 @@ class LLM:
             raise RequestError(
                 "the prefix was made with another model, or with other positions: prefill the text with this one"
             )
-        if prefix.cache.k.dtype != self._kv_dtype:
+        if prefix.cache.dtype != self._kv_dtype:
             raise RequestError(
-                f"the prefix has a cache of {prefix.cache.k.dtype}, this LLM makes {self._kv_dtype}: prefill the text with it"
+                f"the prefix has a cache of {prefix.cache.dtype}, this LLM makes {self._kv_dtype}: prefill the text with it"
             )
 
     def _check_length(self, prompt: int, new: int) -> None:

@@ -25,9 +25,14 @@ from qwen_jax.model import Qwen2
 from qwen_jax.processes import fetch
 
 _META = "document.json"
-# Of what the files hold; 1, without the number: keys of 16 bits not mixed, other factors of 8-bit ones.
-_FORMAT = 2
-_DATA, _SCALES = "cache.safetensors", "scales.safetensors"  # a file has one dtype; scales are of 8-bit caches
+# Of what the files hold. 2: keys and values in one file. 1, without the number: keys of 16 bits not mixed, other factors
+# of 8-bit ones.
+_FORMAT = 3
+_KEYS, _VALUES, _SCALES = (  # a file has one dtype; scales are of 8-bit caches
+    "keys.safetensors",
+    "values.safetensors",
+    "scales.safetensors",
+)
 
 
 def owner(model: Qwen2) -> dict[str, object]:
@@ -55,7 +60,7 @@ def save(document: Document, path: Path) -> None:
         )
     cache, length, slots = document.cache, len(document), document.slots()
     meta = {
-        "format": _FORMAT, "owner": document.owner, "dtype": cache.k.dtype.name, "token_ids": document.token_ids.tolist(),
+        "format": _FORMAT, "owner": document.owner, "dtype": cache.dtype.name, "token_ids": document.token_ids.tolist(),
     }  # fmt: skip
     with staged(path.absolute()) as out:
         try:
@@ -111,7 +116,7 @@ def load(path: Path, model: Qwen2, dtype: np.dtype, new_cache: Callable[[int], K
                 held, name = buffer.shape[2:], f"{kind}.{layer}"
                 shape = (held[0], len(token_ids), *held[2:])
                 info = found[file].get(name)
-                if info is None or (info.shape, TAGS.get(info.tag)) != (shape, buffer.dtype.name):
+                if info is None or info.shape != shape or TAGS.get(info.tag) not in _readable(buffer.dtype):
                     raise CheckpointError(
                         f"{path / file}: tensor {name} is missing or is not {buffer.dtype.name} {list(shape)}"
                     )
@@ -124,10 +129,16 @@ def load(path: Path, model: Qwen2, dtype: np.dtype, new_cache: Callable[[int], K
 
 def _files(cache: KVCache) -> dict[str, list[tuple[str, jax.Array]]]:
     """The files of a cache, and the names and buffers that each holds layer by layer."""
-    files = {_DATA: [("k", cache.k), ("v", cache.v)]}
+    files = {_KEYS: [("k", cache.k)], _VALUES: [("v", cache.v)]}
     if cache.k_scale is not None and cache.v_scale is not None:
         files[_SCALES] = [("k_scale", cache.k_scale), ("v_scale", cache.v_scale)]
     return files
+
+
+def _readable(dtype: np.dtype) -> tuple[str, ...]:
+    """What is read into arrays of this dtype: of 16 bits keys of either kind, for a TPU's are others than a GPU's."""
+    pair = "bfloat16", "float16"
+    return pair if dtype.name in pair else (dtype.name,)
 
 
 def _put(cache: KVCache, entry: KVCache, layer: jax.Array) -> KVCache:

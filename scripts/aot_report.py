@@ -121,7 +121,8 @@ class Job:
         )
         multiple = model.spread.round if model.spread else 1
         self.chunk = prefill.default_chunk(self.config, multiple)
-        cache = abstract_cache(self.config, 1, capacity_for(context, context, multiple), jnp.bfloat16)
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):  # a TPU's keys are of another dtype
+            cache = abstract_cache(self.config, 1, capacity_for(context, context, multiple), jnp.bfloat16)
         self.cache = jax.tree.map(_struct, cache, cache_shardings(self.mesh, jnp.bfloat16))
 
     def prefill_chunk(self, *, sparse: bool = False) -> Program:

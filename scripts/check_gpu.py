@@ -302,7 +302,7 @@ def _lse_error(got: np.ndarray, want: np.ndarray) -> float:
     return float((np.abs(got - want) / (1 + 2e-3 * np.abs(want))).max(initial=0.0))
 
 
-def check_decode(backend: str, case: tuple[Any, ...], seed: int) -> tuple[float, float, bool]:
+def check_decode(backend: str, case: tuple[Any, ...], seed: int, keys: str) -> tuple[float, float, bool]:
     """Like `check_prefill`."""
     N, K, H, capacity, positions, prompts, dca, *rest = case
     cache, special = (*rest, *("bfloat16", None)[len(rest) :])
@@ -316,6 +316,7 @@ def check_decode(backend: str, case: tuple[Any, ...], seed: int) -> tuple[float,
         scale = 2.0**-4 * math.log(2)
         q = q.at[..., H // 2 - 1].set(16.0)
         k = k.at[..., H // 2 - 1].set(special(jnp.arange(capacity)).astype(k.dtype))
+    k = k.astype(keys) if cache == "bfloat16" else k
     arrays = {"k_LBKSH": k, "v_LBKSH": v}
     if cache != "bfloat16":  # compared with the numbers the cache holds
         (k_run, k_scale), (v_run, v_scale) = (quantise(x, jnp.dtype(cache)) for x in (k, v))
@@ -491,7 +492,7 @@ def main() -> int:
         "--keys",
         default="bfloat16",
         choices=("bfloat16", "float16"),
-        help="their dtype in prefill, sparse and lines",
+        help="their dtype beside values of bfloat16",
     )
     parser.add_argument(
         "--only",
@@ -501,8 +502,9 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     wanted = arguments.only.split(",")
-    prefill, sparse, lines = (
-        functools.partial(check, keys=arguments.keys) for check in (check_prefill, check_sparse, check_lines)
+    prefill, sparse, lines, decode = (
+        functools.partial(check, keys=arguments.keys)
+        for check in (check_prefill, check_sparse, check_lines, check_decode)
     )
     failures = 0
     for kind, cases, backends, check, measures in (
@@ -511,7 +513,7 @@ def main() -> int:
         ("lines", LINE_CASES, LINES, lines, ("columns", "diagonals")),
         ("rotations", ROTATION_CASES, ROTATIONS, check_rotations, ("out", "worst")),
         ("cutoffs", CUTOFF_CASES, CUTOFFS, check_cutoffs, ("wrong", "wrong with ties")),
-        ("decode", DECODE_CASES, DECODE, check_decode, ("out", "lse")),
+        ("decode", DECODE_CASES, DECODE, decode, ("out", "lse")),
     ):
         for backend in arguments.backends.split(","):
             for name, case in cases.items() if backend in backends else ():

@@ -151,6 +151,21 @@ def test_a_saved_document_answers_as_before(llm: LLM, tmp_path: Path) -> None:
         prefix.save(tmp_path / "doc")
 
 
+@pytest.mark.parametrize("saved", ["float16", "bfloat16"])
+def test_a_document_that_a_tpu_saved_answers_here_and_the_reverse(tmp_path: Path, saved: str) -> None:
+    """TPUs hold keys in bfloat16, other devices in float16."""
+    llm = LLM(random_model(), max_len=256, kv_dtype="bfloat16")
+    prefix = llm.prefill(ROWS[1])
+    before = llm.generate(ROWS[0], GREEDY, prefix=prefix)
+    assert (prefix.cache.k.dtype, prefix.cache.v.dtype) == (jnp.float16, jnp.bfloat16)
+    prefix.cache = prefix.cache._replace(k=prefix.cache.k.astype(saved))
+    prefix.save(tmp_path / "doc")
+    again = llm.load_prefix(tmp_path / "doc")
+    assert again.cache.k.dtype == jnp.float16
+    np.testing.assert_array_equal(again.cache.k[..., : len(prefix), :], prefix.cache.k[..., : len(prefix), :])
+    assert llm.generate(ROWS[0], GREEDY, prefix=again) == before
+
+
 def test_a_saved_document_of_another_model_is_refused(llm: LLM, tmp_path: Path) -> None:
     llm.prefill(ROWS[0]).save(tmp_path / "doc")
     with pytest.raises(QwenJaxError, match="made with other weights"):
@@ -182,7 +197,7 @@ def test_a_saved_document_of_an_older_version_is_refused(llm: LLM, tmp_path: Pat
     del description["format"]
     (tmp_path / "doc" / "document.json").write_text(json.dumps(description))
     with pytest.raises(
-        QwenJaxError, match=r"saved by another version of qwen-jax \(format 1, not 2\): prefill"
+        QwenJaxError, match=r"saved by another version of qwen-jax \(format 1, not 3\): prefill"
     ):
         llm.load_prefix(tmp_path / "doc")
 

@@ -1,4 +1,4 @@
-"""The Hopper decode kernel for bfloat16 caches: keys split over blocks, all query heads of a KV head in one tile.
+"""The Hopper decode kernel for 16-bit caches: keys split over blocks, all query heads of a KV head in one tile.
 
 A block has one consumer warpgroup, which walks its share of the key tiles (`hopper_walk`) with the G query heads padded to 64
 rows, and one producer warpgroup that keeps the ring of K and V tiles full: decode is bound by memory, so what counts is
@@ -25,14 +25,14 @@ _LN2 = 0.6931471805599453
 
 
 def decode(
-    problem: Problem, tiling: Tiling, dtype: Any, interpret: Any = None
+    problem: Problem, tiling: Tiling, dtypes: tuple[Any, Any], interpret: Any = None
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """The kernel of these shapes: (where, rows, cooling, q, k, v) -> (out, lse).
 
     where: int32[2], (layer, rank). rows: int32[4 * B], as `Split` wants it. cooling: float32[B], for each row 1 / the
     temperature of prompt keys. q: [versions * B * K, 64, H], versions in key order, scaled so that q . k of a prompt key is a
     base-2 exponent. k, v: [L * B * K, S, H]. out float32 [B * K * shares, G rounded up to 8, H], lse float32
-    [B * K * shares, 64], natural; shares of a (row, KV head) are consecutive.
+    [B * K * shares, 64], natural; shares of a (row, KV head) are consecutive. dtypes: of q and k, and of v.
     """
     H, bkv = problem.head_dim, tiling.block_kv
     split = functools.partial(Split, problem, tiling)
@@ -147,10 +147,12 @@ def decode(
                 for w, load in enumerate(loads):
                     pl.when(warp == w)(functools.partial(shares.run, block, load))
 
-    ring: tuple[Any, ...] = (
-        plgpu.SMEM((tiling.stages, bkv, H), dtype, transforms=tiled(2, H)),
-        plgpu.Barrier(num_barriers=tiling.stages), plgpu.Barrier(num_barriers=tiling.stages),
-    )  # fmt: skip
+    rings: list[Any] = []
+    for dtype in dtypes:
+        rings += [
+            plgpu.SMEM((tiling.stages, bkv, H), dtype, transforms=tiled(2, H)),
+            plgpu.Barrier(num_barriers=tiling.stages), plgpu.Barrier(num_barriers=tiling.stages),
+        ]  # fmt: skip
     return plgpu.kernel(
         kernel,
         kernel_name="decode_attention",
@@ -159,10 +161,10 @@ def decode(
             jax.ShapeDtypeStruct((items, ROWS), jnp.float32),
         ],
         scratch_types=[
-            plgpu.SMEM((ROWS, H), dtype, transforms=tiled(2, H)),
+            plgpu.SMEM((ROWS, H), dtypes[0], transforms=tiled(2, H)),
             plgpu.SMEM((ROWS, H), jnp.float32, transforms=tiled(4, H)), plgpu.SMEM((ROWS,), jnp.float32),
             plgpu.Barrier(), plgpu.Barrier(),
-            *ring, *ring,
+            *rings,
         ],
         grid=(blocks,),
         grid_names=("block",),

@@ -13,7 +13,7 @@ from qwen_jax.kernels.decode_attention import hopper, hopper_quantised
 from qwen_jax.kernels.decode_attention.hopper_workers import HEADS, Workers, arranged
 from qwen_jax.kernels.decode_attention.specs import tiling_for
 from qwen_jax.kernels.decode_attention.split import Problem, Tiling, shares
-from qwen_jax.kernels.hopper import LOG2E, why_not_hopper, why_not_shared
+from qwen_jax.kernels.hopper import KEY_DTYPES, LOG2E, why_not_hopper, why_not_shared
 from qwen_jax.kernels.hopper_walk import ROWS
 from qwen_jax.kernels.merge import merge
 from qwen_jax.kernels.mixing import unmix
@@ -59,7 +59,7 @@ def decode_attend(
         S,
         H,
         rotary.dca.original_max_position_embeddings if rotary.dca else 0,
-        str(k_LBKSH.dtype),
+        str(v_LBKSH.dtype),
         share.blocks if share else None,
     )
     tiling = tiling or tiling_for(problem, rotary.chunk_len)
@@ -99,9 +99,9 @@ def _decode(
 ) -> tuple[jax.Array, jax.Array]:
     """The parts of every share P of a row and KV head: (out [B, K, P, G, H], lse [B, K, P, G])."""
     B, K, G, H = q_VBKGH.shape[1:]
-    q = q_VBKGH.astype(jnp.bfloat16).reshape(-1, G, H)
+    q = q_VBKGH.astype(caches[0].dtype).reshape(-1, G, H)
     q = jnp.pad(q, ((0, 0), (0, ROWS - G), (0, 0)))
-    out, lse = hopper.decode(problem, tiling, q.dtype, interpret)(*arguments, q, *caches)
+    out, lse = hopper.decode(problem, tiling, (q.dtype, caches[1].dtype), interpret)(*arguments, q, *caches)
     P = shares(problem, tiling)
     return out.reshape(B, K, P, -1, H)[:, :, :, :G], lse.reshape(B, K, P, ROWS)[..., :G]
 
@@ -139,14 +139,15 @@ def refusal(
 ) -> str | None:
     """Why the kernel cannot serve these shapes and dtypes, or None."""
     K, capacity, head_dim = k_LBKSH.shape[2:]
-    cache = k_LBKSH.dtype
+    cache = v_LBKSH.dtype
+    keys = KEY_DTYPES if cache == jnp.bfloat16 else (cache,)
     if (
         q_BNH.dtype != jnp.bfloat16
-        or v_LBKSH.dtype != cache
+        or k_LBKSH.dtype not in keys
         or cache not in (jnp.dtype(jnp.bfloat16), *quantised.DTYPES)
     ):
-        got = f"{q_BNH.dtype}, {cache}, {v_LBKSH.dtype}"
-        return f"needs bfloat16 queries and a cache of bfloat16, int8 or float8_e4m3fn, got {got}"
+        got = f"{q_BNH.dtype}, {k_LBKSH.dtype}, {cache}"
+        return f"needs bfloat16 queries and a cache of bfloat16 (keys of float16 too), int8 or float8_e4m3fn, got {got}"
     if (cache in quantised.DTYPES) != (k_scale_LBKS is not None and v_scale_LBKS is not None):
         return "needs scales of keys and values with an 8-bit cache, and only then"
     if head_dim not in (64, 128):

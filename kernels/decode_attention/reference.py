@@ -40,9 +40,10 @@ def decode_attend(
     G = N // K
     width = min(KEY_TILE, S)
     stages = tuple(Stage) if rotary.dca else (Stage.INTRA,)
-    q_BPNH = jnp.stack(
-        [rotary.rotate_queries(q_BNH[:, None], position_B[:, None], stage)[:, 0] for stage in stages], axis=1
-    )
+    met = q_BNH.dtype if k_scale_LBKS is not None else k_LBKSH.dtype
+    q_BPNH = jnp.stack([
+        rotary.rotate_queries(q_BNH[:, None], position_B[:, None], stage, dtype=met)[:, 0] for stage in stages
+    ], axis=1)  # fmt: skip
     q_BKPGH = jnp.einsum("BPKGH->BKPGH", q_BPNH.reshape(B, len(stages), K, G, H))
     succ_B, intra_B = rotary.stage_starts(jnp.maximum(position_B, 0))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ class DecodeSuite:
 
     backend: str
     dtype = jnp.float32
+    keys_dtype: Any = None  # None: as queries and values
     tolerance = 2e-6
     head_dim = 16
     large_scale = (
@@ -51,9 +53,12 @@ class DecodeSuite:
         S = 4 * self.s + self.unit // 2
         q = self.random(rng, (B, N, H))
         k, v = (self.random(rng, (B, S, K, H)) for _ in range(2))
-        k_BKSH, rotary = held(k, Rotary(THETA, H, 4096, dca=dca))
+        k_BKSH, rotary = held(k, Rotary(THETA, H, 4096, dca=dca), self.keys_dtype)
         layer = 1
-        caches = [self.random(rng, (3, B, K, S, H)).at[layer].set(x) for x in (k_BKSH, jnp.swapaxes(v, 1, 2))]
+        caches = [
+            self.random(rng, (3, B, K, S, H)).astype(x.dtype).at[layer].set(x)
+            for x in (k_BKSH, jnp.swapaxes(v, 1, 2))
+        ]
         out, lse = _decode_attend(
             q,
             *caches,

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qwen_jax.cache import keys_dtype
 from qwen_jax.config import DualChunk
 from qwen_jax.kernels.blocks import Blocks, Share
 from qwen_jax.kernels.decode_attention import api, hopper, hopper_quantised, mosaic_gpu, specs, split
@@ -55,6 +56,13 @@ def test_every_stage_with_temperatures_in_one_batch(interpreted: Interpreted) ->
     s = interpreted.s
     interpreted.check(
         [s - 1, 2 * s, 3 * s + 5, -1], [s // 2, 2 * s, 2 * s - 7, 0], interpreted.dca(interpreted.unit)
+    )
+
+
+def test_keys_of_float16(interpreted: Interpreted) -> None:
+    interpreted.keys_dtype = jnp.float16
+    interpreted.check(
+        [2 * interpreted.s + 3, 5], [interpreted.s, 6], interpreted.dca(interpreted.unit), heads=(2, 1)
     )
 
 
@@ -101,6 +109,7 @@ def test_lowers_for_cuda(
     monkeypatch.setattr(mosaic_gpu, "why_not_hopper", lambda: None)
     rotary = Rotary(1e7, head_dim, 1 << 20, dca=DualChunk(262_144, 8_192, 262_144), mixed=True)
     kv = jax.ShapeDtypeStruct((2, 3, kv_heads, 4096, head_dim), jnp.dtype(cache))
+    k = jax.ShapeDtypeStruct(kv.shape, keys_dtype(cache))
     factors = [jax.ShapeDtypeStruct(kv.shape[:4], jnp.float32)] * (2 if kv.dtype.itemsize == 1 else 0)
     q = jax.ShapeDtypeStruct((3, heads, head_dim), jnp.bfloat16)
     row, scale = jax.ShapeDtypeStruct((3,), jnp.int32), jax.ShapeDtypeStruct((3,), jnp.float32)
@@ -113,7 +122,7 @@ def test_lowers_for_cuda(
             **dict(zip(("k_scale_LBKS", "v_scale_LBKS"), factors, strict=False)),
         )  # fmt: skip
 
-    traced = jax.jit(call).trace(q, kv, kv, jax.ShapeDtypeStruct((), jnp.int32), row, row, scale, *factors)
+    traced = jax.jit(call).trace(q, k, kv, jax.ShapeDtypeStruct((), jnp.int32), row, row, scale, *factors)
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 

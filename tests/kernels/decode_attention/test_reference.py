@@ -23,6 +23,10 @@ class TestXlaBfloat16(DecodeSuite):
     large_scale = 1.0
 
 
+class TestXlaKeysOfFloat16(TestXlaBfloat16):
+    keys_dtype = jnp.float16
+
+
 class TestXlaOverSeveralTiles(DecodeSuite):
     """Tiles of 24 keys: they straddle stages, and the last one overhangs the cache."""
 
