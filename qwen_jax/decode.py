@@ -5,16 +5,28 @@ The host sees whole blocks of tokens, for streaming and stop strings; nothing cr
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
 from qwen_jax.cache import KVCache
 from qwen_jax.linear import IN_CUBLAS
-from qwen_jax.sampling import SamplingControls, mark_seen, sample, step_keys
+from qwen_jax.request import pad
+from qwen_jax.sampling import (
+    ResolvedSampling,
+    SamplingControls,
+    mark_seen,
+    row_seeds,
+    sample,
+    seen_tokens,
+    step_keys,
+)
 
 BLOCK = 32  # tokens between two looks of the host
 NO_TOKEN = -1
@@ -44,19 +56,28 @@ class Request(NamedTuple):
     Attributes:
         prompt_len_B: int32[B]. limit_B: int32[B], most tokens to sample.
         eos_BE: int32[B, E], end tokens of each row, padded with NO_TOKEN.
-        controls: sampling settings, [B] each. keys_B: one random key a row.
+        controls: sampling settings, [B] each. seeds_B2: uint32[B, 2], each row's.
     """
 
     prompt_len_B: jax.Array
     limit_B: jax.Array
     eos_BE: jax.Array
     controls: SamplingControls
-    keys_B: jax.Array
+    seeds_B2: jax.Array
+
+    @classmethod
+    def of(
+        cls, prompt_len_B: np.ndarray, limit_B: np.ndarray, settings: Sequence[ResolvedSampling]
+    ) -> Request:
+        """One row for each setting, moved to the device at once."""
+        eos_BE = pad([np.array(s.eos_token_ids or (NO_TOKEN,), np.int32) for s in settings], fill=NO_TOKEN)
+        numbers = (np.asarray(x, np.int32) for x in (prompt_len_B, limit_B, eos_BE))
+        return cls(*jax.device_put((*numbers, SamplingControls.stack(settings), row_seeds(settings))))
 
 
 def _choose(logits_BV: jax.Array, request: Request, state: Decoding) -> Decoding:
     """Samples the next token of every row that is not done; done rows stay as they are."""
-    keys_B = step_keys(request.keys_B, state.count_B)
+    keys_B = step_keys(request.seeds_B2, state.count_B)
     token_B = sample(logits_BV, state.seen_BV, request.controls, keys_B)
     live_B = ~state.done_B
     token_B = jnp.where(live_B, token_B, state.token_B)
@@ -71,12 +92,28 @@ def _choose(logits_BV: jax.Array, request: Request, state: Decoding) -> Decoding
     )
 
 
-@jax.jit
-def first_token(logits_BV: jax.Array, request: Request, seen_BV: jax.Array) -> Decoding:
-    """Samples the first token of every row from the prefill's logits float32[B, V]."""
+@functools.partial(jax.jit, static_argnames="graph")
+def first_token(
+    graph: nnx.GraphDef,
+    params: nnx.State,
+    last_BD: jax.Array,
+    tokens_BT: jax.Array | np.ndarray,
+    request: Request,
+) -> Decoding:
+    """Samples the first token of every row.
+
+    Args:
+        last_BD: final hidden states of the prompts' last tokens, of a prefill.
+        tokens_BT: int32[B, T], the whole prompts, right-padded.
+    """
+    model = nnx.merge(graph, params)
+    logits_BV = model.logits(last_BD)
+    seen_BV = seen_tokens(jnp.asarray(tokens_BT), request.prompt_len_B, logits_BV.shape[1])
     zeros_B = jnp.zeros_like(request.prompt_len_B)
     start = Decoding(zeros_B, request.prompt_len_B - 1, zeros_B, zeros_B.astype(bool), seen_BV)
-    return _choose(logits_BV, request, start)
+    state = _choose(logits_BV, request, start)
+    # Small, and every process reads its own copy.
+    return jax.tree.map(lambda x: model.spread.place(x, ""), state) if model.spread else state
 
 
 def decode_block(
@@ -85,7 +122,7 @@ def decode_block(
     request: Request,
     cache: KVCache,
     state: Decoding,
-    steps: jax.Array,
+    steps: jax.Array | np.int32,
 ) -> tuple[jax.Array, KVCache, Decoding]:
     """Samples up to `steps` <= BLOCK more tokens a row; cache and state are donated.
 

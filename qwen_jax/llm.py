@@ -32,10 +32,7 @@ from qwen_jax.request import Prompt, RequestError, ids_of, pad, split_prompts
 from qwen_jax.sampling import (
     GenerationDefaults,
     ResolvedSampling,
-    SamplingControls,
     SamplingParams,
-    row_keys,
-    seen_tokens,
 )
 from qwen_jax.sharding import CONTEXT, full_mesh
 from qwen_jax.sparsity.switch import check_name, sparse_prefill
@@ -307,17 +304,9 @@ class LLM:
         lengths_B = np.array([len(context) + len(ids) for ids in rows], np.int32)
         whole = [np.concatenate([context.token_ids, ids]) for ids in rows]
         whole_BT = pad(whole, width=context.cache.capacity)  # one program serves every length
-        seen_BV = seen_tokens(jnp.asarray(whole_BT), jnp.asarray(lengths_B), self.config.vocab_size)
-        eos_BE = pad([np.array(s.eos_token_ids or (NO_TOKEN,), np.int32) for s in settings], fill=NO_TOKEN)
-        limit_B = np.array([answer.limit for answer in answers] + [1] * idle, np.int32)
-        request = Request(
-            jnp.asarray(lengths_B),
-            jnp.asarray(limit_B),
-            jnp.asarray(eos_BE),
-            SamplingControls.stack(settings),
-            row_keys(settings),
-        )
-        state = first_token(self._prefiller.logits(last_BD), request, seen_BV)
+        limit_B = np.array([answer.limit for answer in answers] + [1] * idle)
+        request = Request.of(lengths_B, limit_B, settings)
+        state = first_token(self._graph, self._params, last_BD, whole_BT, request)
         tokens_BT = np.asarray(state.token_B)[:, None]
         while True:
             yield [a.push(t[t != NO_TOKEN]) for a, t in zip(answers, tokens_BT, strict=False)]
@@ -326,9 +315,9 @@ class LLM:
             if done_B.all():
                 return
             context.require(turn)
-            state = state._replace(done_B=jnp.asarray(done_B))
+            state = state._replace(done_B=jax.device_put(done_B))
             out_BT, context.cache, state = decode_block(
-                self._graph, self._params, request, context.cache, state, jnp.int32(block)
+                self._graph, self._params, request, context.cache, state, np.int32(block)
             )
             tokens_BT = np.asarray(out_BT)
 

@@ -218,7 +218,7 @@ class Prefiller:
         """
         end = start + tokens_BT.shape[1]
         fixed = self._fixed(prompt_len_B)
-        last_BD = jnp.zeros((len(tokens_BT), self.config.hidden_size), self.dtype, device=self._device)
+        last_BD = self._nothing_yet(len(tokens_BT))
         for piece in self.pieces(start, end, cache.capacity):
             arguments = self._arguments(piece_tokens(tokens_BT, start, piece), piece, cache, last_BD, *fixed)
             last_BD, cache = _prefill_piece(*arguments)
@@ -227,7 +227,7 @@ class Prefiller:
     def compile(self, prompt_len_B: np.ndarray, cache: KVCache) -> None:
         """Compiles, side by side, what `run` of prompts from position 0 on needs; the cache may be abstract."""
         fixed = self._fixed(prompt_len_B)
-        last_BD = jnp.zeros((len(prompt_len_B), self.config.hidden_size), self.dtype, device=self._device)
+        last_BD = self._nothing_yet(len(prompt_len_B))
         pieces = {piece.padded: piece for piece in self.pieces(0, int(max(prompt_len_B)), cache.capacity)}
 
         def one(piece: Piece) -> None:
@@ -237,10 +237,17 @@ class Prefiller:
         with ThreadPoolExecutor(len(pieces), thread_name_prefix="qwen-jax-compile") as pool:
             list(pool.map(one, pieces.values()))
 
+    def _nothing_yet(self, rows: int) -> jax.Array:
+        """The `last_BD` of a first piece, made by no program: to compile one takes longer than a short prompt."""
+        zeros_BD = np.zeros((rows, self.config.hidden_size), self.dtype)
+        if self._device is None:
+            return jax.device_put(zeros_BD)
+        return jax.make_array_from_callback(zeros_BD.shape, self._device, lambda index: zeros_BD[index])
+
     def _fixed(self, prompt_len_B: np.ndarray) -> tuple[jax.Array, SparsePrefill | None]:
         """What all pieces of prompts are given."""
         sparse = self.sparse.for_prompts(prompt_len_B) if self.sparse else None
-        return jnp.asarray(prompt_len_B, jnp.int32), sparse
+        return jax.device_put(np.asarray(prompt_len_B, np.int32)), sparse
 
     def _arguments(
         self,
@@ -252,10 +259,8 @@ class Prefiller:
         sparse: SparsePrefill | None,
     ) -> tuple[Any, ...]:
         """Of `_prefill_piece`."""
-        begin, first = jnp.int32(piece.begin), jnp.int32(piece.start)
-        return (
-            self.graph, self.params, jnp.asarray(tokens_BT), begin, lengths_B, cache, last_BD, sparse, first
-        )  # fmt: skip
+        begin, first = np.int32(piece.begin), np.int32(piece.start)
+        return self.graph, self.params, tokens_BT, begin, lengths_B, cache, last_BD, sparse, first
 
     def logits(self, last_BD: jax.Array) -> jax.Array:
         """float32[B, V] from the last hidden states."""
@@ -273,14 +278,13 @@ class Prefiller:
             np.pad(ids[None], ((0, cache.batch - 1), (0, 0))) for ids in (token_ids[:-1], token_ids[1:])
         )
         # As `model(tokens)`: the temperature is that of all T tokens. Rows after the first are empty.
-        length_B = jnp.zeros(cache.batch, jnp.int32).at[0].set(T)
-        sparse = self.sparse.for_prompts(np.array([T])) if self.sparse else None
+        length_B, sparse = self._fixed(np.array([T, *[0] * (cache.batch - 1)]))
         out = []
         for piece in self.pieces(start, T - 1, cache.capacity):
             logp_BT, cache = _score_piece(
                 self.graph, self.params,
-                jnp.asarray(piece_tokens(inputs, 0, piece)), jnp.asarray(piece_tokens(targets, 0, piece)),
-                jnp.int32(piece.begin), length_B, cache, sparse, jnp.int32(piece.start),
+                piece_tokens(inputs, 0, piece), piece_tokens(targets, 0, piece),
+                np.int32(piece.begin), length_B, cache, sparse, np.int32(piece.start),
             )  # fmt: skip
             out.append(np.asarray(logp_BT)[0, piece.start - piece.begin :][: piece.length])
             if on_piece:

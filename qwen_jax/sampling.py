@@ -27,7 +27,7 @@ __all__ = [
     "SamplingParams",
     "filtered_logits",
     "mark_seen",
-    "row_keys",
+    "row_seeds",
     "sample",
     "seen_tokens",
     "step_keys",
@@ -155,7 +155,7 @@ class ResolvedSampling:
 
 
 class SamplingControls(NamedTuple):
-    """The settings of B rows on the device, each [B]: float32, int32, float32, float32, bool."""
+    """The settings of B rows, each [B]: float32, int32, float32, float32, bool."""
 
     temperature: jax.Array
     top_k: jax.Array
@@ -165,27 +165,26 @@ class SamplingControls(NamedTuple):
 
     @classmethod
     def stack(cls, rows: Sequence[ResolvedSampling]) -> SamplingControls:
-        """One row for each setting."""
-        dtypes = (jnp.float32, jnp.int32, jnp.float32, jnp.float32, jnp.bool)
-        return cls(
-            *(
-                jnp.array([getattr(row, name) for row in rows], dtype)
-                for name, dtype in zip(cls._fields, dtypes, strict=True)
-            )
-        )
+        """One row for each setting, on the host."""
+        dtypes: tuple[Any, ...] = (np.float32, np.int32, np.float32, np.float32, np.bool)
+        columns: list[Any] = [
+            np.array([getattr(row, name) for row in rows], dtype)
+            for name, dtype in zip(cls._fields, dtypes, strict=True)
+        ]
+        return cls(*columns)
 
 
-def row_keys(rows: Sequence[ResolvedSampling]) -> jax.Array:
-    """A random key for each row from its seed: typed keys [B].
+def row_seeds(rows: Sequence[ResolvedSampling]) -> np.ndarray:
+    """The seed of each row in two words, on the host: uint32[B, 2]."""
+    return np.array([divmod(row.seed, 2**32) for row in rows], np.uint32).reshape(-1, 2)
+
+
+def step_keys(seeds_B2: jax.Array | np.ndarray, step_B: jax.Array) -> jax.Array:
+    """Typed keys [B] for the draw of each row's token number `step_B` (int32[B]), from `row_seeds`.
 
     Always of the threefry kind: only there does a row's draw under `vmap` not depend on the other rows.
     """
-    words_B2 = np.array([divmod(row.seed, 2**32) for row in rows], np.uint32).reshape(-1, 2)
-    return jax.random.wrap_key_data(jnp.asarray(words_B2), impl="threefry2x32")
-
-
-def step_keys(keys_B: jax.Array, step_B: jax.Array) -> jax.Array:
-    """The keys [B] for the draw of each row's token number `step_B` (int32[B])."""
+    keys_B = jax.random.wrap_key_data(jnp.asarray(seeds_B2), impl="threefry2x32")
     return jax.vmap(jax.random.fold_in)(keys_B, step_B)
 
 

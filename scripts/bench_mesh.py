@@ -28,7 +28,7 @@ from qwen_jax.decode import BLOCK, NO_TOKEN, Request, decode_block, first_token
 from qwen_jax.model import Qwen2
 from qwen_jax.params import params
 from qwen_jax.prefill import Prefiller, default_chunk
-from qwen_jax.sampling import SamplingControls, SamplingParams, row_keys
+from qwen_jax.sampling import SamplingParams
 from qwen_jax.sharding import full_mesh, shardings
 
 _DCA = DualChunk(262_144, 8_192, 262_144)
@@ -77,11 +77,8 @@ def run(config: ModelConfig, mesh: Mesh | None, tokens: np.ndarray, repeats: int
     capacity = -(-(tokens.size + 2 * BLOCK) // step) * step
     tokens_BT = np.broadcast_to(tokens, (rows, tokens.size))
     length_B = np.full(rows, tokens.size, np.int32)
-    setting = [SamplingParams(greedy=True).resolve()] * rows
-    request = Request(
-        jnp.asarray(length_B), jnp.full(rows, 2 * BLOCK, jnp.int32), jnp.full((rows, 1), NO_TOKEN, jnp.int32),
-        SamplingControls.stack(setting), row_keys(setting),
-    )  # fmt: skip
+    setting = [SamplingParams(greedy=True, ignore_eos=True).resolve()] * rows
+    request = Request.of(length_B, np.full(rows, 2 * BLOCK), setting)
     seconds = []
     for _ in range(1 + repeats):  # the first compiles
         cache = init_cache(config, rows, capacity, config.dtype, full_mesh(mesh))
@@ -89,11 +86,11 @@ def run(config: ModelConfig, mesh: Mesh | None, tokens: np.ndarray, repeats: int
         *_, (_, last_BD, cache) = prefiller.run(tokens_BT, length_B, cache)
         logits = jax.block_until_ready(prefiller.logits(last_BD))
         seconds.append(time.perf_counter() - start)
-    decoding = first_token(logits, request, jnp.zeros((rows, config.vocab_size), bool))
+    decoding = first_token(graph, state, last_BD, tokens_BT, request)
     out = []
     for _ in range(2):
         start = time.perf_counter()
-        out_BT, cache, decoding = decode_block(graph, state, request, cache, decoding, jnp.int32(BLOCK - 1))
+        out_BT, cache, decoding = decode_block(graph, state, request, cache, decoding, np.int32(BLOCK - 1))
         out += np.asarray(out_BT)[0].tolist()
         decode_seconds = time.perf_counter() - start
     return {

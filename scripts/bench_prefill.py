@@ -38,7 +38,7 @@ from qwen_jax.context import capacity_for
 from qwen_jax.decode import BLOCK, Decoding, Request, decode_block, decode_program, first_token
 from qwen_jax.model import Qwen2
 from qwen_jax.prefill import Piece, Prefiller, default_chunk
-from qwen_jax.sampling import SamplingControls, SamplingParams, row_keys, seen_tokens
+from qwen_jax.sampling import SamplingParams
 from qwen_jax.sharding import full_mesh
 from qwen_jax.sparsity.attention import SparsePrefill
 from qwen_jax.sparsity.budgets import Budget, LineBudgets
@@ -126,14 +126,10 @@ def stretched(plan: list[Piece], sampled: list[Piece], seconds: list[float]) -> 
 
 def decode_start(prefiller: Prefiller, last_BD: jax.Array, tokens_BT: np.ndarray) -> tuple[Request, Decoding]:
     """A request for greedy decoding behind the prompt, and its first token."""
-    length_B = jnp.array([tokens_BT.shape[1]], jnp.int32)
+    length_B = np.array([tokens_BT.shape[1]])
     settings = [SamplingParams(greedy=True, ignore_eos=True, max_new_tokens=DECODED).resolve()]
-    seen_BV = seen_tokens(jnp.asarray(tokens_BT), length_B, prefiller.config.vocab_size)
-    request = Request(
-        length_B, length_B * 0 + DECODED, jnp.full((1, 1), -1, jnp.int32),
-        SamplingControls.stack(settings), row_keys(settings),
-    )  # fmt: skip
-    return request, first_token(prefiller.logits(last_BD), request, seen_BV)
+    request = Request.of(length_B, np.array([DECODED]), settings)
+    return request, first_token(prefiller.graph, prefiller.params, last_BD, tokens_BT, request)
 
 
 def decode_seconds(
@@ -145,7 +141,7 @@ def decode_seconds(
     for _ in range(DECODED // BLOCK):
         begin = time.perf_counter()
         tokens_BN, cache, state = decode_block(
-            prefiller.graph, prefiller.params, request, cache, state, jnp.int32(BLOCK)
+            prefiller.graph, prefiller.params, request, cache, state, np.int32(BLOCK)
         )
         tokens_BN.block_until_ready()
         times.append((time.perf_counter() - begin) / BLOCK)
@@ -165,7 +161,7 @@ def compile_all(prefillers: dict[str, Prefiller], tokens_BT: np.ndarray, cache: 
         request, state = decode_start(prefiller, blank_BD, tokens_BT)
         graph, params = prefiller.graph, prefiller.params
         program = decode_program(params)
-        program.lower(graph, params, request, abstract, state, jnp.int32(BLOCK)).compile()
+        program.lower(graph, params, request, abstract, state, np.int32(BLOCK)).compile()
 
     def checks(prefiller: Prefiller) -> None:
         plan = prefiller.pieces(0, tokens_BT.shape[1], cache.capacity)

@@ -20,7 +20,6 @@ from qwen_jax.decode import BLOCK, Decoding, Request
 from qwen_jax.kernels import quantised
 from qwen_jax.model import Qwen2
 from qwen_jax.prefill import Prefiller
-from qwen_jax.sampling import SamplingControls, row_keys
 from qwen_jax.sharding import full_mesh, shardings
 from tests.tiny_model import CONFIG, random_model
 
@@ -202,7 +201,7 @@ def test_the_cache_is_updated_in_place() -> None:
     )  # fmt: skip
     settings = [SamplingParams(greedy=True).resolve()]
     ones = jnp.ones(1, jnp.int32)
-    request = Request(ones, ones, ones[:, None], SamplingControls.stack(settings), row_keys(settings))
+    request = Request.of(np.ones(1), np.ones(1), settings)
     state = Decoding(ones, ones, ones, ones == 0, jnp.zeros((1, config.vocab_size), bool))
     block = decode.decode_program(params).lower(graph, params, request, cache, state, jnp.int32(BLOCK))
     layer = 2 * 4 * cache.k.size // config.num_layers

@@ -15,7 +15,7 @@ from qwen_jax.cache import abstract_cache, init_cache
 from qwen_jax.decode import BLOCK, Decoding, Request
 from qwen_jax.model import Qwen2
 from qwen_jax.prefill import Prefiller
-from qwen_jax.sampling import SamplingControls, SamplingParams, row_keys
+from qwen_jax.sampling import SamplingParams
 from tests.tiny_model import CONFIG, random_model
 
 DCA = CONFIG.dual_chunk
@@ -51,7 +51,7 @@ def test_a_block_works_in_place() -> None:
     cache = abstract_cache(config, 1, 1 << 17, jnp.float32)
     settings = [SamplingParams(greedy=True).resolve()]
     one = jnp.ones(1, jnp.int32)
-    request = Request(one, one, one[:, None], SamplingControls.stack(settings), row_keys(settings))
+    request = Request.of(np.ones(1), np.ones(1), settings)
     state = Decoding(one, one, one, one == 0, jnp.zeros((1, config.vocab_size), bool))
     memory = (
         decode.decode_program(params)

@@ -23,7 +23,7 @@ from qwen_jax.sampling import (
     SamplingParams,
     filtered_logits,
     mark_seen,
-    row_keys,
+    row_seeds,
     sample,
     seen_tokens,
     step_keys,
@@ -145,7 +145,7 @@ def test_a_tiny_temperature_does_not_overflow() -> None:
 
 
 def keys_of(rows: Sequence[ResolvedSampling], step: int = 0) -> jax.Array:
-    return step_keys(row_keys(rows), jnp.full(len(rows), step, jnp.int32))
+    return step_keys(row_seeds(rows), jnp.full(len(rows), step, jnp.int32))
 
 
 @pytest.mark.parametrize("name", ["plain", "top_k", "top_p", "everything"])
@@ -235,9 +235,9 @@ def test_greedy_batches_do_none_of_the_work_of_sampling() -> None:
 
 def test_seeds_and_steps_give_different_draws() -> None:
     data = [
-        jax.random.key_data(row_keys([resolved(seed=seed)]))[0].tolist() for seed in (0, 1, 2**32, 2**32 + 1)
+        jax.random.key_data(keys_of([resolved(seed=seed)]))[0].tolist() for seed in (0, 1, 2**32, 2**32 + 1)
     ]
-    data += [jax.random.key_data(keys_of([resolved()], step))[0].tolist() for step in (0, 1)]
+    data += [jax.random.key_data(keys_of([resolved()], step))[0].tolist() for step in (1, 2)]
     assert len({tuple(key) for key in data}) == 6
 
 
