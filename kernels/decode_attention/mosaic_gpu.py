@@ -79,7 +79,10 @@ def decode_attend(
         jnp.stack([position_B, prompt_len_B, *map(held.below, rotary.stage_starts(query_B))], 1).reshape(-1),
         1 / warmth_B,
     )
-    q_VBKGH = _rotations(q_BNH, query_B, factor_B, rotary, problem)
+    # Of an 8-bit cache they are rounded once a power of two has made them fit, in `_decode_quantised`.
+    met = jnp.dtype(jnp.float32) if problem.quantised else k_LBKSH.dtype
+    q_VB1NH = rotary.query_stages(q_BNH[:, None], query_B[:, None], scale_B=factor_B, dtype=met)
+    q_VBKGH = q_VB1NH.reshape(-1, B, K, problem.group, H)
     caches = [x.reshape(-1, S, H) for x in (k_LBKSH, v_LBKSH)]
     scales = [x.astype(jnp.float32).reshape(-1, S) for x in (k_scale_LBKS, v_scale_LBKS) if x is not None]
     run = _decode_quantised if problem.quantised else _decode
@@ -99,8 +102,7 @@ def _decode(
 ) -> tuple[jax.Array, jax.Array]:
     """The parts of every share P of a row and KV head: (out [B, K, P, G, H], lse [B, K, P, G])."""
     B, K, G, H = q_VBKGH.shape[1:]
-    q = q_VBKGH.astype(caches[0].dtype).reshape(-1, G, H)
-    q = jnp.pad(q, ((0, 0), (0, ROWS - G), (0, 0)))
+    q = jnp.pad(q_VBKGH.reshape(-1, G, H), ((0, 0), (0, ROWS - G), (0, 0)))
     out, lse = hopper.decode(problem, tiling, (q.dtype, caches[1].dtype), interpret)(*arguments, q, *caches)
     P = shares(problem, tiling)
     return out.reshape(B, K, P, -1, H)[:, :, :, :G], lse.reshape(B, K, P, ROWS)[..., :G]
@@ -160,12 +162,3 @@ def refusal(
     if rotary.chunk_len and rotary.chunk_len % 64:
         return f"needs a dual chunk length that is a multiple of 64, got {rotary.chunk_len}"
     return None
-
-
-def _rotations(
-    q_BNH: jax.Array, position_B: jax.Array, factor_B: jax.Array, rotary: Rotary, problem: Problem
-) -> jax.Array:
-    """The queries as each stage's keys lie in the cache, scaled, stages in key order: float32 [stages, B, K, G, H]."""
-    q_B1NH = q_BNH.astype(jnp.float32)[:, None]
-    q = rotary.query_stages(q_B1NH, position_B[:, None], scale_B=factor_B)
-    return q.reshape(-1, problem.batch, problem.kv_heads, problem.group, problem.head_dim)
