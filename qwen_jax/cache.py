@@ -75,13 +75,13 @@ def is_8_bit(dtype: DTypeLike) -> bool:
 
 
 def keys_dtype(dtype: DTypeLike) -> np.dtype:
-    """What keys beside values of `dtype` are held in, or read in if they have 8 bits: float16 beside bfloat16, but for TPUs,
-    which multiply none.
+    """What keys beside values of `dtype` are held in, or read in by prefill if they have 8 bits: float16 beside bfloat16, but
+    for TPUs, which multiply none.
 
     Mixed, keys are in its range, and its three more bits keep more of every score.
     """
-    wide = jnp.dtype(dtype) == jnp.bfloat16 and generation(target()) is None
-    return jnp.dtype(jnp.float16 if wide else dtype)
+    finer = jnp.dtype(dtype) == jnp.bfloat16 and not target().startswith("TPU")
+    return jnp.dtype(jnp.float16 if finer else dtype)
 
 
 def abstract_cache(config: ModelConfig, batch: int, capacity: int, dtype: DTypeLike) -> Any:
@@ -114,10 +114,12 @@ def _allocator(
 ) -> Callable[[], KVCache]:
     """Kept, so that a second cache of a size compiles nothing."""
     abstract = abstract_cache(config, batch, capacity, dtype)
-    return jax.jit(
-        lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract),
-        out_shardings=cache_shardings(mesh, dtype) if mesh else None,
-    )
+
+    def empty_cache() -> KVCache:
+        empty: KVCache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract)
+        return empty
+
+    return jax.jit(empty_cache, out_shardings=cache_shardings(mesh, dtype) if mesh else None)
 
 
 def write_chunk(

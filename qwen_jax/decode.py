@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.sharding import NamedSharding
 
 from qwen_jax.cache import KVCache
 from qwen_jax.linear import IN_CUBLAS
+from qwen_jax.processes import spread_out
 from qwen_jax.request import pad
 from qwen_jax.sampling import (
     ResolvedSampling,
@@ -67,12 +69,16 @@ class Request(NamedTuple):
 
     @classmethod
     def of(
-        cls, prompt_len_B: np.ndarray, limit_B: np.ndarray, settings: Sequence[ResolvedSampling]
+        cls,
+        prompt_len_B: np.ndarray,
+        limit_B: np.ndarray,
+        settings: Sequence[ResolvedSampling],
+        where: NamedSharding | None = None,
     ) -> Request:
-        """One row for each setting, moved to the device at once."""
+        """One row for each setting, on the devices that `Prefiller.where` names."""
         eos_BE = pad([np.array(s.eos_token_ids or (NO_TOKEN,), np.int32) for s in settings], fill=NO_TOKEN)
         numbers = (np.asarray(x, np.int32) for x in (prompt_len_B, limit_B, eos_BE))
-        return cls(*jax.device_put((*numbers, SamplingControls.stack(settings), row_seeds(settings))))
+        return cls(*spread_out((*numbers, SamplingControls.stack(settings), row_seeds(settings)), where))
 
 
 def _choose(logits_BV: jax.Array, request: Request, state: Decoding) -> Decoding:

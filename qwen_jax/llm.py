@@ -27,6 +27,7 @@ from qwen_jax.hub import resolve
 from qwen_jax.loading import open_checkpoint
 from qwen_jax.model import Qwen2
 from qwen_jax.prefill import Prefiller, default_chunk
+from qwen_jax.processes import spread_out
 from qwen_jax.progress import progress_bar
 from qwen_jax.request import Prompt, RequestError, ids_of, pad, split_prompts
 from qwen_jax.sampling import (
@@ -79,7 +80,8 @@ class LLM:
             prefill_chunk: tokens of a prefill piece; default `prefill.default_chunk`.
             dtype: of weights and activations; default: the checkpoint's. It, `weight_dtype`, `matmul` and `dca` are for a path.
             kv_dtype: of the cache: bfloat16, float16, float32, or 8 bits: "int8", or the less exact "fp8" (e4m3); default:
-                that of the weights. For 8 bits `self.model` gets new weights for queries and keys, see `balance`.
+                that of the weights. Keys beside bfloat16 are float16, but on TPUs (`cache.keys_dtype`). For 8 bits `self.model`
+                gets new weights for queries and keys, see `balance`.
             weight_dtype, matmul: 8-bit weights and products, see `load`.
             sparsity: "vertical-slash": prompts above the config's sparse_attention_threshold (32,768 tokens unless it says
                 otherwise) are prefilled over the lines that the folder's sparse_attention_config.json allows each head;
@@ -305,7 +307,7 @@ class LLM:
         whole = [np.concatenate([context.token_ids, ids]) for ids in rows]
         whole_BT = pad(whole, width=context.cache.capacity)  # one program serves every length
         limit_B = np.array([answer.limit for answer in answers] + [1] * idle)
-        request = Request.of(lengths_B, limit_B, settings)
+        request = Request.of(lengths_B, limit_B, settings, self._prefiller.where)
         state = first_token(self._graph, self._params, last_BD, whole_BT, request)
         tokens_BT = np.asarray(state.token_B)[:, None]
         while True:
@@ -315,7 +317,7 @@ class LLM:
             if done_B.all():
                 return
             context.require(turn)
-            state = state._replace(done_B=jax.device_put(done_B))
+            state = state._replace(done_B=spread_out(done_B, self._prefiller.where))
             out_BT, context.cache, state = decode_block(
                 self._graph, self._params, request, context.cache, state, np.int32(block)
             )

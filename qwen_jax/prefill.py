@@ -23,6 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from qwen_jax.cache import KVCache
 from qwen_jax.config import ModelConfig
 from qwen_jax.linear import IN_CUBLAS
+from qwen_jax.processes import spread_out
 from qwen_jax.sparsity.attention import SparsePrefill
 
 MAX_CHUNK = 32_768
@@ -174,6 +175,7 @@ class Prefiller:
         chunk: tokens of a full piece.
         multiple: positions that pieces begin at a multiple of, and caches hold a multiple of.
         sparse: what makes long prompts sparse, or None.
+        where: every device of the weights' mesh, where small arrays belong; None: there is one device.
     """
 
     def __init__(
@@ -192,11 +194,8 @@ class Prefiller:
         assert self.chunk % self.multiple == 0, (self.chunk, self.multiple)
         placed: Any = params["embed"]["weight"][...]
         self.dtype = placed.dtype
-        # On the weights' mesh, as every piece returns it: on another the first piece would compile a program of its own.
-        where = placed.sharding
-        self._device = (
-            NamedSharding(where.mesh, PartitionSpec()) if isinstance(where, NamedSharding) else None
-        )
+        held = placed.sharding
+        self.where = NamedSharding(held.mesh, PartitionSpec()) if isinstance(held, NamedSharding) else None
 
     def pieces(self, start: int, end: int, capacity: int) -> list[Piece]:
         """The plan for positions [start, end)."""
@@ -218,7 +217,7 @@ class Prefiller:
         """
         end = start + tokens_BT.shape[1]
         fixed = self._fixed(prompt_len_B)
-        last_BD = self._nothing_yet(len(tokens_BT))
+        last_BD = self.nothing_yet(len(tokens_BT))
         for piece in self.pieces(start, end, cache.capacity):
             arguments = self._arguments(piece_tokens(tokens_BT, start, piece), piece, cache, last_BD, *fixed)
             last_BD, cache = _prefill_piece(*arguments)
@@ -227,7 +226,7 @@ class Prefiller:
     def compile(self, prompt_len_B: np.ndarray, cache: KVCache) -> None:
         """Compiles, side by side, what `run` of prompts from position 0 on needs; the cache may be abstract."""
         fixed = self._fixed(prompt_len_B)
-        last_BD = self._nothing_yet(len(prompt_len_B))
+        last_BD = self.nothing_yet(len(prompt_len_B))
         pieces = {piece.padded: piece for piece in self.pieces(0, int(max(prompt_len_B)), cache.capacity)}
 
         def one(piece: Piece) -> None:
@@ -237,17 +236,14 @@ class Prefiller:
         with ThreadPoolExecutor(len(pieces), thread_name_prefix="qwen-jax-compile") as pool:
             list(pool.map(one, pieces.values()))
 
-    def _nothing_yet(self, rows: int) -> jax.Array:
-        """The `last_BD` of a first piece, made by no program: to compile one takes longer than a short prompt."""
-        zeros_BD = np.zeros((rows, self.config.hidden_size), self.dtype)
-        if self._device is None:
-            return jax.device_put(zeros_BD)
-        return jax.make_array_from_callback(zeros_BD.shape, self._device, lambda index: zeros_BD[index])
+    def nothing_yet(self, rows: int) -> jax.Array:
+        """The `last_BD` of a first piece, where every piece returns it: else the first would be a program of its own."""
+        return spread_out(np.zeros((rows, self.config.hidden_size), self.dtype), self.where)
 
     def _fixed(self, prompt_len_B: np.ndarray) -> tuple[jax.Array, SparsePrefill | None]:
         """What all pieces of prompts are given."""
         sparse = self.sparse.for_prompts(prompt_len_B) if self.sparse else None
-        return jax.device_put(np.asarray(prompt_len_B, np.int32)), sparse
+        return spread_out(np.asarray(prompt_len_B, np.int32), self.where), sparse
 
     def _arguments(
         self,

@@ -116,9 +116,10 @@ def load(path: Path, model: Qwen2, dtype: np.dtype, new_cache: Callable[[int], K
                 held, name = buffer.shape[2:], f"{kind}.{layer}"
                 shape = (held[0], len(token_ids), *held[2:])
                 info = found[file].get(name)
-                if info is None or info.shape != shape or TAGS.get(info.tag) not in _readable(buffer.dtype):
+                dtypes = _readable(kind, buffer.dtype)
+                if info is None or info.shape != shape or TAGS.get(info.tag) not in dtypes:
                     raise CheckpointError(
-                        f"{path / file}: tensor {name} is missing or is not {buffer.dtype.name} {list(shape)}"
+                        f"{path / file}: tensor {name} is missing or is not {' or '.join(dtypes)} {list(shape)}"
                     )
                 part = np.zeros(held, buffer.dtype)
                 part[:, slots] = read_box(info, shape, tuple((0, n) for n in shape))
@@ -135,10 +136,10 @@ def _files(cache: KVCache) -> dict[str, list[tuple[str, jax.Array]]]:
     return files
 
 
-def _readable(dtype: np.dtype) -> tuple[str, ...]:
-    """What is read into arrays of this dtype: of 16 bits keys of either kind, for a TPU's are others than a GPU's."""
+def _readable(kind: str, dtype: np.dtype) -> tuple[str, ...]:
+    """What is read into a buffer of this dtype: of 16-bit keys either kind, for a TPU's are others than a GPU's."""
     pair = "bfloat16", "float16"
-    return pair if dtype.name in pair else (dtype.name,)
+    return pair if kind == "k" and dtype.name in pair else (dtype.name,)
 
 
 def _put(cache: KVCache, entry: KVCache, layer: jax.Array) -> KVCache:

@@ -6,8 +6,11 @@ logits) lie whole on every device, so that each process reads its own copy.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from qwen_jax.errors import QwenJaxError
 
@@ -53,6 +56,18 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
 def is_first() -> bool:
     """Whether this is the process that prints and writes files."""
     return jax.process_index() == 0
+
+
+def spread_out(arrays: Any, where: NamedSharding | None) -> Any:
+    """A pytree of host arrays, the same in every process, on all devices of `where`, or on the default one if that is None.
+
+    Compiles nothing.
+    """
+    if where is None:
+        return jax.device_put(arrays)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, where, lambda index: x[index]), arrays
+    )
 
 
 def fetch(x: jax.Array) -> np.ndarray:

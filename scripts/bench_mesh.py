@@ -78,7 +78,7 @@ def run(config: ModelConfig, mesh: Mesh | None, tokens: np.ndarray, repeats: int
     tokens_BT = np.broadcast_to(tokens, (rows, tokens.size))
     length_B = np.full(rows, tokens.size, np.int32)
     setting = [SamplingParams(greedy=True, ignore_eos=True).resolve()] * rows
-    request = Request.of(length_B, np.full(rows, 2 * BLOCK), setting)
+    request = Request.of(length_B, np.full(rows, 2 * BLOCK), setting, prefiller.where)
     seconds = []
     for _ in range(1 + repeats):  # the first compiles
         cache = init_cache(config, rows, capacity, config.dtype, full_mesh(mesh))

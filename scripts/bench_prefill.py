@@ -128,7 +128,7 @@ def decode_start(prefiller: Prefiller, last_BD: jax.Array, tokens_BT: np.ndarray
     """A request for greedy decoding behind the prompt, and its first token."""
     length_B = np.array([tokens_BT.shape[1]])
     settings = [SamplingParams(greedy=True, ignore_eos=True, max_new_tokens=DECODED).resolve()]
-    request = Request.of(length_B, np.array([DECODED]), settings)
+    request = Request.of(length_B, np.array([DECODED]), settings, prefiller.where)
     return request, first_token(prefiller.graph, prefiller.params, last_BD, tokens_BT, request)
 
 
@@ -157,8 +157,7 @@ def compile_all(prefillers: dict[str, Prefiller], tokens_BT: np.ndarray, cache: 
         prefiller.compile(np.array([tokens_BT.shape[1]]), abstract)
 
     def decode(prefiller: Prefiller) -> None:
-        blank_BD = jnp.zeros((1, prefiller.config.hidden_size), prefiller.dtype)
-        request, state = decode_start(prefiller, blank_BD, tokens_BT)
+        request, state = decode_start(prefiller, prefiller.nothing_yet(1), tokens_BT)
         graph, params = prefiller.graph, prefiller.params
         program = decode_program(params)
         program.lower(graph, params, request, abstract, state, np.int32(BLOCK)).compile()

@@ -443,10 +443,14 @@ def check_rotations(backend: str, case: tuple[Any, ...], seed: int) -> tuple[flo
     return error, float(off.max()), error <= 0.25 * float(jnp.finfo(dtype).eps)
 
 
-def scratch_bytes() -> dict[str, tuple[int, int]]:
-    """Of compiled programs: (bytes of scratch, bytes of one layer's keys), for caches too large to copy unnoticed."""
+def scratch_bytes(dtype: str) -> dict[str, tuple[int, int]]:
+    """Of compiled programs: (bytes of scratch, bytes of one layer's keys), for caches too large to copy unnoticed.
+
+    dtype: of the keys.
+    """
     rotary = tools.rotary(128, tools.QWEN_1M)
     cache = jax.ShapeDtypeStruct((4, 1, 4, 1 << 18, 128), jnp.bfloat16)
+    keys = jax.ShapeDtypeStruct(cache.shape, jnp.dtype(dtype))
     row, scalar = jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
     scale = jax.ShapeDtypeStruct((1,), jnp.float32)
 
@@ -471,12 +475,12 @@ def scratch_bytes() -> dict[str, tuple[int, int]]:
     columns, bands, more = (jax.ShapeDtypeStruct((1, 28, size), bool) for size in (1 << 18, 1 << 11, 1 << 12))
     q1 = jax.ShapeDtypeStruct((1, 28, 128), jnp.bfloat16)
     programs = {
-        "prefill": jax.jit(prefill).lower(q, cache, cache, scalar, scalar, row, scale),
-        "sparse": jax.jit(sparse).lower(q, cache, cache, columns, bands, scalar, scalar, row, scale),
+        "prefill": jax.jit(prefill).lower(q, keys, cache, scalar, scalar, row, scale),
+        "sparse": jax.jit(sparse).lower(q, keys, cache, columns, bands, scalar, scalar, row, scale),
         "sparse, dealt to 2 devices": jax.jit(sparse).lower(
-            q, cache, cache, columns, more, scalar, scalar, row, scale, scalar
+            q, keys, cache, columns, more, scalar, scalar, row, scale, scalar
         ),
-        "decode": jax.jit(decode).lower(q1, cache, cache, scalar, row, row, scale),
+        "decode": jax.jit(decode).lower(q1, keys, cache, scalar, row, row, scale),
     }
     layer = cache.size * cache.dtype.itemsize // cache.shape[0]
     return {name: (p.compile().memory_analysis().temp_size_in_bytes, layer) for name, p in programs.items()}
@@ -490,7 +494,7 @@ def main() -> int:
     parser.add_argument("--backends", default="mosaic_gpu,cudnn", help="comma separated")
     parser.add_argument(
         "--keys",
-        default="bfloat16",
+        default="float16",
         choices=("bfloat16", "float16"),
         help="their dtype beside values of bfloat16",
     )
@@ -530,7 +534,7 @@ def main() -> int:
                 found = " ".join(f"{name} {error:.1e}" for name, error in zip(measures, errors, strict=True))
                 print(f"{verdict} {kind:8} {backend:10} {name}: {found}", flush=True)
     for kind, (scratch, layer) in (
-        scratch_bytes().items() if any(part in "scratch" for part in wanted) else ()
+        scratch_bytes(arguments.keys).items() if any(part in "scratch" for part in wanted) else ()
     ):
         failures += scratch >= layer // 2
         print(f"{kind}: {scratch / 1e6:.1f} MB of scratch; one layer's keys take {layer / 1e6:.1f} MB")

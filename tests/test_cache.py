@@ -12,10 +12,10 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh
 
-from qwen_jax import LLM, QwenJaxError, SamplingParams, decode, prefill
+from qwen_jax import LLM, QwenJaxError, SamplingParams, cache, decode, prefill
 from qwen_jax.balance import balanced
 from qwen_jax.build import build
-from qwen_jax.cache import KVCache, abstract_cache, init_cache
+from qwen_jax.cache import KVCache, abstract_cache, init_cache, keys_dtype
 from qwen_jax.decode import BLOCK, Decoding, Request
 from qwen_jax.kernels import quantised
 from qwen_jax.model import Qwen2
@@ -107,6 +107,26 @@ def test_logits_of_16_bit_caches(dtype: jnp.dtype, most: float) -> None:
     exact = next_token_logits(model, jnp.float32)
     for decoded in (0, 5):
         assert 1e-5 <= off(next_token_logits(model, dtype, decoded), exact) <= most
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "keys"),
+    [
+        ("cpu", jnp.bfloat16, jnp.float16),
+        ("NVIDIA H200", jnp.bfloat16, jnp.float16),
+        ("TPU v5p", jnp.bfloat16, jnp.bfloat16),
+        ("TPU v4", jnp.bfloat16, jnp.bfloat16),
+        ("NVIDIA H200", jnp.float16, jnp.float16),
+        ("NVIDIA H200", jnp.float32, jnp.float32),
+        ("NVIDIA H200", INT8, INT8),
+    ],
+    ids=str,
+)
+def test_the_dtype_of_keys(
+    monkeypatch: pytest.MonkeyPatch, device: str, dtype: jnp.dtype, keys: jnp.dtype
+) -> None:
+    monkeypatch.setattr(cache, "target", lambda: device)
+    assert keys_dtype(dtype) == keys
 
 
 def test_a_document_of_16_bits_is_saved_and_loaded(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen_jax import LLM, Chat, QwenJaxError, SamplingParams
+from qwen_jax import LLM, Chat, QwenJaxError, SamplingParams, cache
 from qwen_jax.config import DualChunk
 from tests import tiny_checkpoint
 from tests.tiny_model import CONFIG, random_model
@@ -52,6 +54,16 @@ def test_greedy_decoding_follows_the_full_forward_pass(llm: LLM) -> None:
         logits = llm.model(padded.at[0, : len(tokens)].set(jnp.array(tokens)), jnp.array([len(tokens)]))
         assert int(logits[0, len(tokens) - 1].argmax()) == token
         tokens.append(token)
+
+
+def test_a_first_answer_compiles_four_programs(caplog: pytest.LogCaptureFixture) -> None:
+    """And nothing for operations dispatched one by one, each of which would be another, and hold up the first token."""
+    llm = LLM(random_model(), max_len=256)
+    jax.clear_caches()
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        llm.generate(ROWS[0], GREEDY)
+    programs = re.findall(r"Finished XLA compilation of jit\((\S+)\)", caplog.text)
+    assert programs == ["empty_cache", "_prefill_piece", "first_token", "_decode_block"]
 
 
 def test_seeds_differ_and_repeat(llm: LLM) -> None:
@@ -151,19 +163,35 @@ def test_a_saved_document_answers_as_before(llm: LLM, tmp_path: Path) -> None:
         prefix.save(tmp_path / "doc")
 
 
-@pytest.mark.parametrize("saved", ["float16", "bfloat16"])
-def test_a_document_that_a_tpu_saved_answers_here_and_the_reverse(tmp_path: Path, saved: str) -> None:
+@pytest.mark.parametrize(("saved", "loaded"), [("cpu", "TPU v5p"), ("TPU v5p", "cpu")])
+def test_a_document_that_a_tpu_saved_is_read_elsewhere_and_the_reverse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: str, loaded: str
+) -> None:
     """TPUs hold keys in bfloat16, other devices in float16."""
-    llm = LLM(random_model(), max_len=256, kv_dtype="bfloat16")
-    prefix = llm.prefill(ROWS[1])
-    before = llm.generate(ROWS[0], GREEDY, prefix=prefix)
-    assert (prefix.cache.k.dtype, prefix.cache.v.dtype) == (jnp.float16, jnp.bfloat16)
-    prefix.cache = prefix.cache._replace(k=prefix.cache.k.astype(saved))
+
+    def on(device: str) -> LLM:
+        monkeypatch.setattr(cache, "target", lambda: device)
+        cache._allocator.cache_clear()
+        return LLM(random_model(), max_len=256, kv_dtype="bfloat16")
+
+    prefix = on(saved).prefill(ROWS[1])
     prefix.save(tmp_path / "doc")
-    again = llm.load_prefix(tmp_path / "doc")
-    assert again.cache.k.dtype == jnp.float16
-    np.testing.assert_array_equal(again.cache.k[..., : len(prefix), :], prefix.cache.k[..., : len(prefix), :])
-    assert llm.generate(ROWS[0], GREEDY, prefix=again) == before
+    again = on(loaded).load_prefix(tmp_path / "doc")
+    cache._allocator.cache_clear()
+    dtypes = {"cpu": jnp.float16, "TPU v5p": jnp.bfloat16}
+    assert (prefix.cache.k.dtype, again.cache.k.dtype) == (dtypes[saved], dtypes[loaded])
+    for was, found in zip(prefix.cache[:2], again.cache[:2], strict=True):
+        want = was[..., : len(prefix), :].astype(found.dtype)
+        np.testing.assert_array_equal(found[..., : len(prefix), :], want)
+
+
+def test_a_saved_document_with_values_of_another_dtype_is_refused(tmp_path: Path) -> None:
+    llm = LLM(random_model(), max_len=256, kv_dtype="bfloat16")
+    llm.prefill(ROWS[0]).save(tmp_path / "doc")
+    path = tmp_path / "doc" / "values.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'"dtype":"BF16"', b'"dtype":"F16" '))
+    with pytest.raises(QwenJaxError, match=r"tensor v\.0 is missing or is not bfloat16 \["):
+        llm.load_prefix(tmp_path / "doc")
 
 
 def test_a_saved_document_of_another_model_is_refused(llm: LLM, tmp_path: Path) -> None:
@@ -190,14 +218,17 @@ def test_a_saved_document_with_damaged_ids_is_refused(llm: LLM, tmp_path: Path) 
         llm.load_prefix(tmp_path / "doc")
 
 
-def test_a_saved_document_of_an_older_version_is_refused(llm: LLM, tmp_path: Path) -> None:
-    """Its keys were not mixed."""
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_saved_document_of_an_older_version_is_refused(llm: LLM, tmp_path: Path, version: int) -> None:
+    """The first had no number."""
     llm.prefill(ROWS[0]).save(tmp_path / "doc")
     description = json.loads((tmp_path / "doc" / "document.json").read_text())
-    del description["format"]
+    description = {**description, "format": version} if version > 1 else description
+    if version == 1:
+        del description["format"]
     (tmp_path / "doc" / "document.json").write_text(json.dumps(description))
     with pytest.raises(
-        QwenJaxError, match=r"saved by another version of qwen-jax \(format 1, not 3\): prefill"
+        QwenJaxError, match=rf"saved by another version of qwen-jax \(format {version}, not 3\): prefill"
     ):
         llm.load_prefix(tmp_path / "doc")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import math
 import re
 from pathlib import Path
@@ -70,6 +71,16 @@ def test_prefill_and_decode_equal_those_of_one_device(shape: tuple[int, int, int
     """Ragged rows over three boundaries of dual chunk attention."""
     for one, many in zip(logits_of(None), logits_of(shape), strict=True):
         assert np.abs(one - many).max() <= 1e-5 * np.abs(one).max()
+
+
+def test_a_first_answer_compiles_four_programs(caplog: pytest.LogCaptureFixture) -> None:
+    """Small arrays arrive on all devices: else each would be moved by a program of its own."""
+    llm = LLM(on_mesh((2, 2, 2)), max_len=256, prefill_chunk=S)
+    jax.clear_caches()
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        llm.generate([1, 2, 3], GREEDY)
+    programs = re.findall(r"Finished XLA compilation of jit\((\S+)\)", caplog.text)
+    assert programs == ["empty_cache", "_prefill_piece", "first_token", "_decode_block"]
 
 
 def test_documents_questions_and_scores_equal_those_of_one_device(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def attend(
     T = q_BTNH.shape[1]
     S = k_LBKSH.shape[3]
     q_start, kv_len_B = jnp.asarray(q_start, jnp.int32), jnp.asarray(kv_len_B, jnp.int32)
-    # Keys of an 8-bit cache come in float16, and lose here what that keeps of them: cuDNN's keys and values are of one dtype.
+    # Keys come in float16, and lose here what that keeps of them: cuDNN's keys and values are of one dtype.
     k_BKSH, v_BKSH = (
         lax.dynamic_index_in_dim(x, layer, keepdims=False).astype(q_BTNH.dtype) for x in (k_LBKSH, v_LBKSH)
     )

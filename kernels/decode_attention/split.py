@@ -34,8 +34,8 @@ class Tiling:
 class Problem:
     """The shapes of a call; versions = rotations of the queries: 3 with dual chunk attention, else 1.
 
-    cache: dtype of keys and values. original: L0 of the length temperature, tokens; 0 for none. blocks: how positions are
-    dealt to several devices, of which this one's are in the cache; None: all are.
+    cache: dtype of the values, and of 8-bit keys. original: L0 of the length temperature, tokens; 0 for none. blocks: how
+    positions are dealt to several devices, of which this one's are in the cache; None: all are.
     """
 
     versions: int

@@ -82,11 +82,15 @@ class SparsePrefill:
         return jnp.where(kept_BN1, lines.columns, chosen[0]), jnp.where(kept_BN1, bands_BNM, chosen[1])
 
     def for_prompts(self, prompt_len_B: np.ndarray) -> SparsePrefill | None:
-        """What a program for prompts of these lengths, in tokens, needs: None if all are dense, no dense part if none is."""
-        long_B = np.asarray(prompt_len_B) > self.threshold
-        if not long_B.any():
+        """What a program for prompts of these lengths, in tokens, needs: None if all are dense, no dense part if none is.
+
+        Empty rows, which fill up a batch, are of either kind.
+        """
+        real_X = np.asarray(prompt_len_B)[np.asarray(prompt_len_B) > 0]
+        long_X = real_X > self.threshold
+        if not long_X.any():
             return None
-        return dataclasses.replace(self, threshold=ALL_SPARSE) if long_B.all() else self
+        return dataclasses.replace(self, threshold=ALL_SPARSE) if long_X.all() else self
 
 
 jax.tree_util.register_dataclass(

@@ -199,6 +199,8 @@ def test_a_program_holds_the_parts_that_its_prompts_need() -> None:
     assert made.for_prompts(np.array([THRESHOLD, THRESHOLD + 1])) is made
     alone = made.for_prompts(np.array([THRESHOLD + 1, 9000]))
     assert alone == dataclasses.replace(made, threshold=ALL_SPARSE)
+    assert made.for_prompts(np.array([THRESHOLD + 1, 0])) == alone
+    assert made.for_prompts(np.array([0, 0])) is None
 
 
 def test_the_switch_is_read_from_config_json(tmp_path: Path) -> None:
