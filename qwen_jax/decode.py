@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 
 from qwen_jax.cache import KVCache
 from qwen_jax.linear import IN_CUBLAS
-from qwen_jax.processes import spread_out
+from qwen_jax.processes import replicated
 from qwen_jax.request import pad
 from qwen_jax.sampling import (
     ResolvedSampling,
@@ -78,7 +78,7 @@ class Request(NamedTuple):
         """One row for each setting, on the devices that `Prefiller.where` names."""
         eos_BE = pad([np.array(s.eos_token_ids or (NO_TOKEN,), np.int32) for s in settings], fill=NO_TOKEN)
         numbers = (np.asarray(x, np.int32) for x in (prompt_len_B, limit_B, eos_BE))
-        return cls(*spread_out((*numbers, SamplingControls.stack(settings), row_seeds(settings)), where))
+        return cls(*replicated((*numbers, SamplingControls.stack(settings), row_seeds(settings)), where))
 
 
 def _choose(logits_BV: jax.Array, request: Request, state: Decoding) -> Decoding:

@@ -27,7 +27,7 @@ from qwen_jax.hub import resolve
 from qwen_jax.loading import open_checkpoint
 from qwen_jax.model import Qwen2
 from qwen_jax.prefill import Prefiller, default_chunk
-from qwen_jax.processes import spread_out
+from qwen_jax.processes import replicated
 from qwen_jax.progress import progress_bar
 from qwen_jax.request import Prompt, RequestError, ids_of, pad, split_prompts
 from qwen_jax.sampling import (
@@ -317,7 +317,7 @@ class LLM:
             if done_B.all():
                 return
             context.require(turn)
-            state = state._replace(done_B=spread_out(done_B, self._prefiller.where))
+            state = state._replace(done_B=replicated(done_B, self._prefiller.where))
             out_BT, context.cache, state = decode_block(
                 self._graph, self._params, request, context.cache, state, np.int32(block)
             )

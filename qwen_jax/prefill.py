@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from qwen_jax.cache import KVCache
 from qwen_jax.config import ModelConfig
 from qwen_jax.linear import IN_CUBLAS
-from qwen_jax.processes import spread_out
+from qwen_jax.processes import replicated
 from qwen_jax.sparsity.attention import SparsePrefill
 
 MAX_CHUNK = 32_768
@@ -238,12 +238,12 @@ class Prefiller:
 
     def nothing_yet(self, rows: int) -> jax.Array:
         """The `last_BD` of a first piece, where every piece returns it: else the first would be a program of its own."""
-        return spread_out(np.zeros((rows, self.config.hidden_size), self.dtype), self.where)
+        return replicated(np.zeros((rows, self.config.hidden_size), self.dtype), self.where)
 
     def _fixed(self, prompt_len_B: np.ndarray) -> tuple[jax.Array, SparsePrefill | None]:
         """What all pieces of prompts are given."""
         sparse = self.sparse.for_prompts(prompt_len_B) if self.sparse else None
-        return spread_out(np.asarray(prompt_len_B, np.int32), self.where), sparse
+        return replicated(np.asarray(prompt_len_B, np.int32), self.where), sparse
 
     def _arguments(
         self,

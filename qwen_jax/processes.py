@@ -58,7 +58,7 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def spread_out(arrays: Any, where: NamedSharding | None) -> Any:
+def replicated(arrays: Any, where: NamedSharding | None) -> Any:
     """A pytree of host arrays, the same in every process, on all devices of `where`, or on the default one if that is None.
 
     Compiles nothing.
