@@ -19,10 +19,8 @@ from jaxlib.mlir.dialects import llvm
 from qwen_jax.kernels.blocks import Blocks, Share
 
 LOG2E = math.log2(math.e)
-KEY_DTYPES = (
-    jnp.dtype(jnp.bfloat16),
-    jnp.dtype(jnp.float16),
-)  # beside values of bfloat16; queries take the same
+# Of keys beside values of bfloat16; queries take the same.
+KEY_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 SHARED_BYTES = 227 * 1024  # shared memory a block may take
 
 

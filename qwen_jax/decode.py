@@ -75,7 +75,13 @@ class Request(NamedTuple):
         settings: Sequence[ResolvedSampling],
         where: NamedSharding | None = None,
     ) -> Request:
-        """One row for each setting, on the devices that `Prefiller.where` names."""
+        """One row for each setting.
+
+        Args:
+            prompt_len_B: whole prompts, in tokens, [B]. limit_B: most tokens to sample, [B].
+            settings: of each row, B of them.
+            where: that of the `Prefiller`, so that decoding moves nothing.
+        """
         eos_BE = pad([np.array(s.eos_token_ids or (NO_TOKEN,), np.int32) for s in settings], fill=NO_TOKEN)
         numbers = (np.asarray(x, np.int32) for x in (prompt_len_B, limit_B, eos_BE))
         return cls(*replicated((*numbers, SamplingControls.stack(settings), row_seeds(settings)), where))
@@ -109,8 +115,8 @@ def first_token(
     """Samples the first token of every row.
 
     Args:
-        last_BD: final hidden states of the prompts' last tokens, of a prefill.
-        tokens_BT: int32[B, T], the whole prompts, right-padded.
+        last_BD: final hidden states of the prompts' last tokens, [B, D], of a prefill.
+        tokens_BT: int32[B, T], the whole prompts, right-padded, for the repetition penalty.
     """
     model = nnx.merge(graph, params)
     logits_BV = model.logits(last_BD)

@@ -237,7 +237,7 @@ class Prefiller:
             list(pool.map(one, pieces.values()))
 
     def nothing_yet(self, rows: int) -> jax.Array:
-        """The `last_BD` of a first piece, where every piece returns it: else the first would be a program of its own."""
+        """A first piece's `last_BD`, [rows, D], where every piece returns it: else the first would be a program of its own."""
         return replicated(np.zeros((rows, self.config.hidden_size), self.dtype), self.where)
 
     def _fixed(self, prompt_len_B: np.ndarray) -> tuple[jax.Array, SparsePrefill | None]:

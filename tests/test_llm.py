@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import pytest
 from qwen_jax import LLM, Chat, QwenJaxError, SamplingParams, cache
 from qwen_jax.config import DualChunk
 from tests import tiny_checkpoint
+from tests.compiled import programs_of
 from tests.tiny_model import CONFIG, random_model
 
 DCA = CONFIG.dual_chunk
@@ -59,10 +58,7 @@ def test_greedy_decoding_follows_the_full_forward_pass(llm: LLM) -> None:
 def test_a_first_answer_compiles_four_programs(caplog: pytest.LogCaptureFixture) -> None:
     """And nothing for operations dispatched one by one, each of which would be another, and hold up the first token."""
     llm = LLM(random_model(), max_len=256)
-    jax.clear_caches()
-    with jax.log_compiles(), caplog.at_level(logging.WARNING):
-        llm.generate(ROWS[0], GREEDY)
-    programs = re.findall(r"Finished XLA compilation of jit\((\S+)\)", caplog.text)
+    programs = programs_of(lambda: llm.generate(ROWS[0], GREEDY), caplog)
     assert programs == ["empty_cache", "_prefill_piece", "first_token", "_decode_block"]
 
 
@@ -223,9 +219,8 @@ def test_a_saved_document_of_an_older_version_is_refused(llm: LLM, tmp_path: Pat
     """The first had no number."""
     llm.prefill(ROWS[0]).save(tmp_path / "doc")
     description = json.loads((tmp_path / "doc" / "document.json").read_text())
-    description = {**description, "format": version} if version > 1 else description
-    if version == 1:
-        del description["format"]
+    del description["format"]
+    description |= {"format": version} if version > 1 else {}
     (tmp_path / "doc" / "document.json").write_text(json.dumps(description))
     with pytest.raises(
         QwenJaxError, match=rf"saved by another version of qwen-jax \(format {version}, not 3\): prefill"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 import math
 import re
 from pathlib import Path
@@ -24,6 +23,7 @@ from qwen_jax.context import Context
 from qwen_jax.model import Qwen2
 from qwen_jax.prefill import Prefiller
 from qwen_jax.sharding import full_mesh, shardings
+from tests.compiled import programs_of
 from tests.tiny_model import CONFIG, random_model
 
 DCA = CONFIG.dual_chunk
@@ -76,10 +76,7 @@ def test_prefill_and_decode_equal_those_of_one_device(shape: tuple[int, int, int
 def test_a_first_answer_compiles_four_programs(caplog: pytest.LogCaptureFixture) -> None:
     """Small arrays arrive on all devices: else each would be moved by a program of its own."""
     llm = LLM(on_mesh((2, 2, 2)), max_len=256, prefill_chunk=S)
-    jax.clear_caches()
-    with jax.log_compiles(), caplog.at_level(logging.WARNING):
-        llm.generate([1, 2, 3], GREEDY)
-    programs = re.findall(r"Finished XLA compilation of jit\((\S+)\)", caplog.text)
+    programs = programs_of(lambda: llm.generate([1, 2, 3], GREEDY), caplog)
     assert programs == ["empty_cache", "_prefill_piece", "first_token", "_decode_block"]
 
 

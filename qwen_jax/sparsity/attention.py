@@ -86,8 +86,8 @@ class SparsePrefill:
 
         Empty rows, which fill up a batch, are of either kind.
         """
-        real_X = np.asarray(prompt_len_B)[np.asarray(prompt_len_B) > 0]
-        long_X = real_X > self.threshold
+        lengths_B = np.asarray(prompt_len_B)
+        long_X = lengths_B[lengths_B > 0] > self.threshold
         if not long_X.any():
             return None
         return dataclasses.replace(self, threshold=ALL_SPARSE) if long_X.all() else self
